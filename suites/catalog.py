@@ -1,0 +1,54 @@
+"""SUITES: every suite, as a value."""
+
+from __future__ import annotations
+
+from suites.embedded import World
+from suites.suite import WORLD, Budget, DataSource, ModelSource, Recipe, Suite, Task, Tuning
+
+LLAMA_PROJECTIONS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+
+
+def _learning_rates(*values: float) -> tuple[Tuning, ...]:
+    return tuple(Tuning(lr=value) for value in values)
+
+
+def quickstart() -> Suite:
+    """The embedded offline world: new facts to learn, old facts to keep, in minutes on a CPU."""
+    return Suite(
+        name="quickstart",
+        description="a small Llama that memorised a made-up world learns new facts about it, "
+        "offline, in minutes on a CPU",
+        model=ModelSource(path=f"{WORLD}/model", dtype="float32"),
+        data=DataSource(path=f"{WORLD}/data/train.jsonl", max_length=16),
+        tasks=(
+            Task("world_target", "acc,none", "target"),
+            Task("world_retention", "acc,none", "retention"),
+            Task("world_target_dev", "acc,none", "target", split="dev"),
+            Task("world_retention_dev", "acc,none", "retention", split="dev"),
+        ),
+        task_folder=f"{WORLD}/tasks",
+        recipe=Recipe(num_steps=200, batch_size=64, lr_scheduler_type="cosine", warmup_ratio=0.05),
+        budget=Budget(lora_rank=8, target_modules=LLAMA_PROJECTIONS),
+        tunings={
+            "full": Tuning(lr=3e-4),
+            "lora": Tuning(lr=2e-3),
+            "spiel": Tuning(lr=2e-3),
+        },
+        grids={
+            "full": _learning_rates(1e-4, 2e-4, 3e-4, 6e-4, 1e-3),
+            "lora": _learning_rates(5e-4, 1e-3, 2e-3, 3e-3, 5e-3),
+            "spiel": _learning_rates(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+        },
+        world=World(),
+    )
+
+
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (quickstart(),)}
