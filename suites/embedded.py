@@ -1,0 +1,174 @@
+"""The embedded world: a base model, training data and lm-eval tasks, made here and kept in a cache.
+
+Entities are two-word names, each secretly in one cluster; a relation maps a cluster to a value. The
+base model has memorised every relation of every entity. The target task gives the first relations
+new tables and shows them for some of the entities: asked about the others, a model has to change
+what it knows of the clusters, not learn rows by rote. Retention asks the relations left as they
+were. What is written are ordinary files, read by the loaders that read a user's own.
+
+Nothing here imports torch before a world has to be built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+#: Called with the fraction done, in [0, 1], and a few words on what is being done.
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class World:
+    """Every constant that makes an embedded world; equal worlds are equal files."""
+
+    seed: int = 0
+    # Facts.
+    num_entities: int = 800
+    num_clusters: int = 32
+    num_relations: int = 8
+    num_changed_relations: int = 4
+    num_values: int = 96
+    num_choices: int = 8
+    shown_fraction: float = 0.4
+    # The base model, a Llama.
+    hidden_size: int = 128
+    intermediate_size: int = 336
+    num_layers: int = 4
+    num_heads: int = 4
+    # Its pretraining: AdamW, cosine schedule.
+    pretraining_steps: int = 500
+    pretraining_batch_size: int = 256
+    pretraining_lr: float = 2e-3
+    pretraining_weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "seed" and value <= 0:
+                raise ValueError(f"{field.name} must be positive, got {value}")
+        if not self.shown_fraction < 1:
+            raise ValueError(f"shown_fraction {self.shown_fraction} is not below 1")
+        self._at_most("num_changed_relations", "num_relations", less=1)
+        self._at_most("num_clusters", "num_values")
+        self._at_most("num_choices", "num_clusters", less=1)
+        if round(self.shown_fraction * (self.num_entities // self.num_clusters)) < 1:
+            raise ValueError(
+                f"shown_fraction {self.shown_fraction} of {self.num_entities} entities in "
+                f"{self.num_clusters} clusters shows none of a cluster"
+            )
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of twice "
+                f"num_heads {self.num_heads}"
+            )
+
+    def _at_most(self, name: str, bound: str, less: int = 0) -> None:
+        allowed = getattr(self, bound) - less
+        if getattr(self, name) > allowed:
+            why = f"{bound} - {less}" if less else bound
+            raise ValueError(f"{name} is {getattr(self, name)}, allowed: up to {allowed} ({why})")
+
+
+def build(world: World, cache_dir: Path | None = None, progress: Progress | None = None) -> Path:
+    """The folder that holds `world`: found in the cache, or made there, which takes half a minute.
+
+    A folder counts only if every file has the hash that its manifest, written last, says.
+    Processes that want the same world wait for the one that makes it. `cache_dir` is
+    `default_cache_dir()` if None. Raises ValueError if the cache cannot be written.
+    """
+    cache = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    folder = cache / f"world-{_key(world)}"
+    if is_whole(folder):
+        return folder
+    report = progress or (lambda fraction, text: None)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        return _build_alone(world, folder, report)
+    except OSError as error:
+        raise ValueError(
+            f"the embedded world cannot be written to {cache}: {error}; "
+            "set SPIEL_CACHE to a folder that can be"
+        ) from error
+
+
+def default_cache_dir() -> Path:
+    """$SPIEL_CACHE, or spiel-bench in the user's cache folder ($XDG_CACHE_HOME or ~/.cache)."""
+    if own := os.environ.get("SPIEL_CACHE"):
+        return Path(own).expanduser().absolute()
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "spiel-bench"
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `folder` holds exactly the files of its manifest, none of them changed."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return _hashes(folder) == manifest["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _build_alone(world: World, folder: Path, report: Progress) -> Path:
+    """Makes `folder` while no other process does; they see it whole or not at all."""
+    from filelock import FileLock
+
+    with FileLock(folder.with_suffix(".lock")):
+        if is_whole(folder):  # another process made it while this one waited
+            return folder
+        partial = folder.with_suffix(".partial")
+        for stale in (partial, folder):
+            shutil.rmtree(stale, ignore_errors=True)
+        partial.mkdir()
+        try:
+            _write(world, partial, report)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    report(1.0, "done")
+    return folder
+
+
+def _write(world: World, folder: Path, report: Progress) -> None:
+    from suites import embedded_base, embedded_files
+
+    report(0.0, "writing the facts")
+    embedded_files.write(world, folder)
+    embedded_base.pretrain(world, folder, report)
+    manifest = {"world": dataclasses.asdict(world), **_makers(), "sha256": _hashes(folder)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _key(world: World) -> str:
+    values = {"world": dataclasses.asdict(world), **_makers()}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _makers() -> dict[str, dict[str, str]]:
+    """What else decides the files: the libraries, and this code itself."""
+    here = Path(__file__).parent
+    return {
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+        "code": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(here.glob("embedded*.py"))
+        },
+    }
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Path below `folder` -> SHA-256, of every file but the manifest."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST
+    }
