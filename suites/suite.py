@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from suites.embedded import World
@@ -145,11 +146,17 @@ class Suite:
     task_folder: str | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     limit: int | None = None
+    #: Sequences that lm-eval gives the model at once.
+    eval_batch_size: int = 64
 
     def __post_init__(self) -> None:
         _require(any(task.role == "target" for task in self.tasks), f"{self.name}: no target task")
         _require(len(self.seeds) > 0, f"{self.name}: no seeds")
         _require(self.limit is None or self.limit > 0, f"limit must be positive, got {self.limit}")
+        _require(
+            self.eval_batch_size > 0,
+            f"eval_batch_size must be positive, got {self.eval_batch_size}",
+        )
 
     def tasks_of(self, split: str) -> tuple[Task, ...]:
         return tuple(task for task in self.tasks if task.split == split)
@@ -169,6 +176,20 @@ class Suite:
         for name in ("seeds", "tunings", "grids", "description"):
             del values[name]
         return short_hash(values)
+
+
+def placed(suite: Suite, world: Path | None) -> Suite:
+    """The suite with its `{world}` paths inside the folder `world`; others as they are."""
+
+    def place(path: str) -> str:
+        return path.replace(WORLD, str(world)) if path.startswith(WORLD) else path
+
+    return dataclasses.replace(
+        suite,
+        model=dataclasses.replace(suite.model, path=place(suite.model.path)),
+        data=dataclasses.replace(suite.data, path=place(suite.data.path)),
+        task_folder=None if suite.task_folder is None else place(suite.task_folder),
+    )
 
 
 def short_hash(values: Any) -> str:

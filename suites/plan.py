@@ -1,0 +1,135 @@
+"""What is to be done: a suite, overridden perhaps, becomes cells, each with its own file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from suites.methods import METHODS, Entry
+from suites.suite import WORLD, Suite, Tuning, short_hash
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and its evaluation: what a child process is given, and a record is about."""
+
+    suite: Suite
+    method: str
+    entry: Entry
+    #: None for a method that does not train.
+    tuning: Tuning | None
+    seed: int
+    #: Which of the suite's tasks judge it: `dev` while searching, `test` otherwise.
+    split: str = "test"
+
+    @property
+    def hash(self) -> str:
+        """Two cells of one hash are the same work, so the second need not be done."""
+        tuning = None if self.tuning is None else dataclasses.asdict(self.tuning)
+        entry = dataclasses.asdict(self.entry)
+        del entry["description"]
+        return short_hash([self.suite.hash, self.method, entry, tuning, self.seed, self.split])
+
+    @property
+    def name(self) -> str:
+        """`lora-r8-s0`; a trial of the search says its tuning too: `lora-r8-lr0.001-wd0-s0`."""
+        parts = [self.method, self.suite.budget.label]
+        if self.split == "dev" and self.tuning is not None:
+            parts += [f"lr{self.tuning.lr:g}", f"wd{self.tuning.weight_decay:g}"]
+        return safe_name("-".join([*parts, f"s{self.seed}"]))
+
+    def record_path(self, out: Path) -> Path:
+        """The cell's file in the results folder `out`."""
+        return records_folder(self.suite, out, self.split) / f"{self.name}.json"
+
+    def log_path(self, out: Path) -> Path:
+        """Where what the cell prints is kept."""
+        folder = out / "logs" / safe_name(self.suite.name)
+        return folder / ("search" if self.split == "dev" else "") / f"{self.name}.log"
+
+
+def records_folder(suite: Suite, out: Path, split: str = "test") -> Path:
+    """`<out>/records/<suite>/<model>`; a search's trials lie in `search` inside it."""
+    model = "world" if suite.model.path.startswith(WORLD) else suite.model.path
+    folder = out / "records" / safe_name(suite.name) / safe_name(model)
+    return folder / "search" if split == "dev" else folder
+
+
+def safe_name(text: str) -> str:
+    """`text` as a file name on any file system: `meta-llama/Llama-2` -> `meta-llama--Llama-2`."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "--", text).strip("-.")
+
+
+def override(suite: Suite, steps: int | None = None, limit: int | None = None) -> Suite:
+    """The suite with other steps or fewer test items, under a name that says so.
+
+    The name keeps its records and tables apart from those of the suite as it is defined.
+    """
+    name, recipe = suite.name, suite.recipe
+    if steps is not None:
+        name, recipe = f"{name}-steps{steps}", dataclasses.replace(recipe, num_steps=steps)
+    if limit is not None:
+        name = f"{name}-limit{limit}"
+    return dataclasses.replace(suite, name=name, recipe=recipe, limit=limit or suite.limit)
+
+
+def plan(suite: Suite, methods: Sequence[str], seeds: Iterable[int]) -> list[Cell]:
+    """Every cell, seeds outermost: a machine that slows down slows all methods alike.
+
+    Raises ValueError for a method that is unknown or that the suite has no learning rate for.
+    """
+    cells = []
+    for seed in seeds:
+        for method in methods:
+            entry = choose("method", method, METHODS)
+            if entry.trains and method not in suite.tunings:
+                raise ValueError(_lacks(suite, "learning rate", method, suite.tunings))
+            cells.append(Cell(suite, method, entry, suite.tunings.get(method), seed))
+    return cells
+
+
+def plan_search(suite: Suite, methods: Sequence[str], seeds: Iterable[int]) -> list[Cell]:
+    """Every trained method at every tuning of its grid, judged on the dev split alone.
+
+    Raises ValueError for a method without a grid, or if the grids give unequal numbers of trials.
+    """
+    trained = [name for name in methods if choose("method", name, METHODS).trains]
+    if not trained:
+        raise ValueError(f"nothing to search: {', '.join(methods)} does not train")
+    for name in trained:
+        if not suite.grids.get(name):
+            raise ValueError(_lacks(suite, "grid", name, suite.grids))
+    sizes = {name: len(suite.grids[name]) for name in trained}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the grids differ in their number of trials: {sizes}")
+    return [
+        Cell(suite, name, METHODS[name], tuning, seed, "dev")
+        for seed in seeds
+        for name in trained
+        for tuning in suite.grids[name]
+    ]
+
+
+def _lacks(suite: Suite, what: str, method: str, table: Mapping[str, Any]) -> str:
+    return f"{suite.name} has no {what} for {method!r}, only for {', '.join(table)}"
+
+
+def choose(kind: str, name: str, table: Mapping[str, Any]) -> Any:
+    """`table[name]`; ValueError names the bad value and the allowed ones, nearest first."""
+    if name in table:
+        return table[name]
+    raise ValueError(f"unknown {kind} {name!r}; choose from {', '.join(nearest(name, table))}")
+
+
+def nearest(name: str, allowed: Iterable[str]) -> list[str]:
+    """`allowed`, those most like `name` first."""
+
+    def likeness(other: str) -> float:
+        return difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio()
+
+    return sorted(allowed, key=likeness, reverse=True)

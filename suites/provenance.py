@@ -1,0 +1,105 @@
+"""Where a number comes from: code, packages and hardware."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "lm-eval",
+    "datasets",
+    "safetensors",
+    "triton",
+    "bitsandbytes",
+    "numpy",
+)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The machine and the software that a record was made with."""
+
+    git_revision: str | None
+    #: Whether tracked files differed from that revision.
+    git_dirty: bool | None
+    packages: dict[str, str]
+    python: str
+    platform: str
+    cpu: str
+    num_cpus: int
+    num_threads: int
+    gpus: tuple[str, ...]
+    device: str
+
+    @property
+    def hardware(self) -> str:
+        """One line; records whose lines differ do not share a table."""
+        gpus = ", ".join(self.gpus) or "no GPU"
+        return f"{self.cpu}, {self.num_threads} threads, {gpus}, on {self.device}"
+
+
+def environment(device: str) -> Environment:
+    """Looks at this process, which trains on `device`."""
+    import torch
+
+    revision = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    num_gpus = torch.cuda.device_count() if device.startswith("cuda") else 0
+    return Environment(
+        git_revision=revision,
+        git_dirty=None if revision is None or changes is None else bool(changes),
+        packages=package_versions(),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cpu=cpu_name(),
+        num_cpus=os.cpu_count() or 0,
+        num_threads=torch.get_num_threads(),
+        gpus=tuple(torch.cuda.get_device_name(index) for index in range(num_gpus)),
+        device=device,
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of those of PACKAGES that are installed."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it, else its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints in this repository, or None where there is no git or no repository."""
+    try:
+        result = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

@@ -1,0 +1,202 @@
+"""Record: all that is known of one cell, in one JSON file, written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from suites.plan import Cell
+from suites.provenance import Environment
+
+SCHEMA_VERSION = 1
+STATUSES = ("ok", "oom", "diverged", "failed", "interrupted")
+
+
+class DamagedRecordError(ValueError):
+    """A file that is no record of this schema; the message names it and says why."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What one lm-eval task said of the trained model."""
+
+    value: float
+    metric: str
+    role: str
+    split: str
+    num_items: int
+    #: The metric of each item, in the order of `doc_ids`; 0 or 1 where it is a correctness.
+    per_item: tuple[float, ...]
+    doc_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """Wall-clock seconds of one phase, and the peak of memory inside it.
+
+    On CUDA the peaks are torch's own; on a CPU `peak_bytes` is what the process held at the peak
+    above what it held before the model was loaded, so that imported libraries do not count.
+    """
+
+    seconds: float
+    peak_bytes: int | None
+    peak_reserved_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """The train steps: their losses and their time, with what the method's callbacks took of it."""
+
+    losses: tuple[float, ...] = ()
+    step_seconds: tuple[float, ...] = ()
+    callback_seconds: tuple[float, ...] = ()
+    num_tokens: int = 0
+    num_examples: int = 0
+    #: Examples left out because nothing of their completion fits in max_length.
+    num_dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the trained part is, asked and met, and what it costs to hold and to keep."""
+
+    num_weights: int
+    num_trainable: int
+    #: None for a method without a size knob.
+    num_asked: int | None
+    #: Whether `num_trainable` is within 1 % of `num_asked`.
+    matched: bool
+    saved_for_backward_bytes: int | None = None
+    optimizer_state_bytes: int | None = None
+    artifact_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One cell's outcome. What a failed cell did not reach is None or empty."""
+
+    suite_name: str
+    suite_hash: str
+    cell_hash: str
+    method_name: str
+    seed: int
+    split: str
+    status: str
+    reason: str
+    #: The suite, the method's entry and the tuning in full, as plain values.
+    suite: Mapping[str, Any]
+    method: Mapping[str, Any]
+    tuning: Mapping[str, float] | None
+    started_at: str
+    ended_at: str
+    environment: Environment | None = None
+    #: The embedded world's key, which also tells the libraries and the code that made it.
+    world: str | None = None
+    #: Which implementation of its operations the method used, where it has several.
+    backend: str | None = None
+    size: Size | None = None
+    training: Training = field(default_factory=Training)
+    phases: Mapping[str, PhaseCost] = field(default_factory=dict)
+    scores: Mapping[str, TaskScore] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status {self.status!r} is not one of {', '.join(STATUSES)}")
+
+    @classmethod
+    def of(cls, cell: Cell, status: str, reason: str, started_at: str, **parts: Any) -> Record:
+        """The record of `cell`; `parts` are the fields known beyond the cell itself."""
+        tuning = None if cell.tuning is None else dataclasses.asdict(cell.tuning)
+        return cls(
+            suite_name=cell.suite.name,
+            suite_hash=cell.suite.hash,
+            cell_hash=cell.hash,
+            method_name=cell.method,
+            seed=cell.seed,
+            split=cell.split,
+            status=status,
+            reason=reason,
+            suite=cell.suite.to_dict(),
+            method=dataclasses.asdict(cell.entry),
+            tuning=tuning,
+            started_at=started_at,
+            ended_at=now(),
+            **parts,
+        )
+
+    def scores_of(self, role: str) -> list[TaskScore]:
+        return [score for score in self.scores.values() if score.role == role]
+
+
+def now() -> str:
+    """This moment in UTC, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write(record: Record, path: Path) -> None:
+    """Writes `record` to `path` whole or, if that fails (OSError), not at all.
+
+    The text goes to a file beside it and is on the disk before it takes the name: a reader
+    never sees half a record, and a full disk leaves the record that was there before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path) -> Record:
+    """The record in `path`; raises DamagedRecordError if it is not a whole one of this schema."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedRecordError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(values, dict) or "schema_version" not in values:
+        raise DamagedRecordError(f"{path}: not a record: it has no schema_version")
+    if values["schema_version"] != SCHEMA_VERSION:
+        found = values["schema_version"]
+        raise DamagedRecordError(f"{path}: schema {found}, this version reads {SCHEMA_VERSION}")
+    try:
+        return _from_dict(values)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise DamagedRecordError(f"{path}: {error}") from error
+
+
+def _from_dict(values: dict[str, Any]) -> Record:
+    """Rebuilds the nested dataclasses; a missing or unknown field is a TypeError."""
+    values = dict(values)
+    if values["environment"] is not None:
+        environment = dict(values["environment"])
+        environment["gpus"] = tuple(environment["gpus"])
+        values["environment"] = Environment(**environment)
+    if values["size"] is not None:
+        values["size"] = Size(**values["size"])
+    training = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values["training"].items()
+    }
+    values["training"] = Training(**training)
+    values["phases"] = {name: PhaseCost(**phase) for name, phase in values["phases"].items()}
+    values["scores"] = {name: _score(score) for name, score in values["scores"].items()}
+    return Record(**values)
+
+
+def _score(values: dict[str, Any]) -> TaskScore:
+    items = {name: tuple(values[name]) for name in ("per_item", "doc_ids")}
+    return TaskScore(**{**values, **items})

@@ -1,0 +1,134 @@
+"""Records -> the table: on the terminal, as Markdown and as CSV. Knows records and nothing else."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from suites import stats
+from suites.record import Record
+
+BASELINE = "lora"
+PHASES = ("load", "prepare", "train", "evaluate")
+
+
+class MixedRecordsError(ValueError):
+    """Records that do not belong in one table; the message names them."""
+
+
+def require_comparable(records: Sequence[Record]) -> None:
+    """Raises MixedRecordsError unless all are of one suite hash, world and hardware."""
+    _require_one("suite hash", records, lambda record: record.suite_hash)
+    measured = [record for record in records if record.status == "ok"]
+    _require_one("embedded world", measured, lambda record: record.world)
+    _require_one("hardware", measured, lambda record: record.environment.hardware)
+
+
+def _require_one(what: str, records: Sequence[Record], key: Callable[[Record], Any]) -> None:
+    groups: dict[Any, list[str]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(f"{record.method_name} seed {record.seed}")
+    if len(groups) > 1:
+        listed = "; ".join(f"{value}: {', '.join(names)}" for value, names in groups.items())
+        raise MixedRecordsError(f"records of different {what} do not share a table ({listed})")
+
+
+def frame(records: Sequence[Record]) -> pd.DataFrame:
+    """One row a method, in the order of the records; plain numbers, bytes and seconds.
+
+    Raises MixedRecordsError for records that do not belong together.
+    """
+    require_comparable(records)
+    methods = dict.fromkeys(record.method_name for record in records)
+    base_seconds = _step_seconds_by_seed(records, BASELINE)
+    rows = []
+    for method in methods:
+        own = [record for record in records if record.method_name == method]
+        ok = [record for record in own if record.status == "ok"]
+        row = {"method": method, "num_seeds": len(own), "num_ok": len(ok)}
+        row["failures"] = [
+            f"seed {record.seed} {record.status}: {record.reason}"
+            for record in own
+            if record.status != "ok"
+        ]
+        row |= _quality(ok) | _cost(ok)
+        seconds = _step_seconds_by_seed(own, method)
+        row |= columns("step_seconds", list(seconds.values()))
+        ratio = stats.paired_ratio(seconds, base_seconds)
+        row[f"step_ratio_to_{BASELINE}"] = ratio.mean if ratio else None
+        row[f"step_ratio_to_{BASELINE}_ci95"] = ratio.half_width if ratio else None
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def step_seconds(record: Record) -> float | None:
+    """Mean seconds of a step without the first, which also pays for what happens only once.
+
+    The mean and not the median: work that a method does every so many steps is charged to it.
+    """
+    seconds = record.training.step_seconds
+    return statistics.fmean(seconds[1:] or seconds) if seconds else None
+
+
+def _step_seconds_by_seed(records: Iterable[Record], method: str) -> dict[int, float]:
+    return {
+        record.seed: seconds
+        for record in records
+        if record.method_name == method
+        and record.status == "ok"
+        and (seconds := step_seconds(record)) is not None
+    }
+
+
+def _quality(ok: Sequence[Record]) -> dict[str, Any]:
+    row: dict[str, Any] = {"matched": False}
+    if ok:
+        size, tuning = ok[0].size, ok[0].tuning or {}
+        row["num_trainable"] = size.num_trainable
+        row["trainable_percent"] = 100 * size.num_trainable / size.num_weights
+        row["num_asked"] = size.num_asked
+        row["matched"] = all(record.size.matched for record in ok)
+        row["lr"], row["weight_decay"] = tuning.get("lr"), tuning.get("weight_decay")
+        row["backend"] = ok[0].backend
+    for role in ("target", "retention"):
+        row |= columns(role, accuracies(ok, role))
+    return row
+
+
+def accuracies(records: Iterable[Record], role: str) -> list[float]:
+    """Each record's mean over its tasks of `role`; records without such a task give none."""
+    return [
+        statistics.fmean(score.value for score in scores)
+        for record in records
+        if (scores := record.scores_of(role))
+    ]
+
+
+def _cost(ok: Sequence[Record]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for phase in PHASES:
+        costs = [record.phases[phase] for record in ok if phase in record.phases]
+        row[f"{phase}_seconds"] = _mean(cost.seconds for cost in costs)
+        row[f"{phase}_peak_bytes"] = _mean(cost.peak_bytes for cost in costs)
+    row["callback_seconds_per_step"] = _mean(
+        _mean(record.training.callback_seconds) for record in ok
+    )
+    for name in ("saved_for_backward_bytes", "optimizer_state_bytes", "artifact_bytes"):
+        row[name] = _mean(getattr(record.size, name) for record in ok)
+    return row
+
+
+def columns(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    """A column of the mean and one of the half-width of its 95 % interval, None where unknown."""
+    if not values:
+        return {name: None, f"{name}_ci95": None}
+    found = stats.estimate(values)
+    return {name: found.mean, f"{name}_ci95": found.half_width}
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None

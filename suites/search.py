@@ -1,0 +1,88 @@
+"""The curves of a search: each method's grid on the dev split, and the tuning it picks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from suites.plan import Cell, records_folder, safe_name
+from suites.record import Record
+from suites.report import MixedRecordsError, accuracies, columns, require_comparable
+from suites.table import drawn, load, make_console, say, spread
+
+
+def present(cells: Sequence[Cell], out: Path) -> int:
+    """Prints and writes the curves of `cells`; 0 if all of them are ok and comparable, else 1."""
+    console = make_console()
+    records, problems = load(cells, out)
+    for problem in problems:
+        say(console, f"not counted: {problem}")
+    failed = [record for record in records if record.status != "ok"]
+    for record in failed:
+        tuning = f"lr {record.tuning['lr']:g} seed {record.seed}"
+        say(console, f"{record.method_name} {tuning} {record.status}: {record.reason}")
+    try:
+        require_comparable(records)
+    except MixedRecordsError as error:
+        say(console, f"no curves: {error}")
+        return 1
+    found = curves([record for record in records if record.status == "ok"])
+    if found.empty:
+        return 1
+    suite = cells[0].suite
+    console.print(drawn(f"{suite.name}: grids on dev", words(found)))
+    path = out / "grids" / f"{safe_name(suite.name)}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.to_csv(path, index=False)
+    say(console, f"records: {records_folder(suite, out, 'dev')}")
+    say(console, f"grids:   {path}")
+    return 1 if problems or failed else 0
+
+
+def curves(records: Sequence[Record]) -> pd.DataFrame:
+    """One row a method and tuning: target and retention over the seeds, and whether it is picked.
+
+    Picked is the method's highest mean target. `at_edge` says that its grid of learning rates
+    ends there, so that a better one may lie outside.
+    """
+    groups: dict[tuple[str, float, float], list[Record]] = {}
+    for record in records:
+        key = (record.method_name, record.tuning["lr"], record.tuning["weight_decay"])
+        groups.setdefault(key, []).append(record)
+    rows = [
+        {"method": method, "lr": lr, "weight_decay": weight_decay, "num_seeds": len(own)}
+        | columns("target", accuracies(own, "target"))
+        | columns("retention", accuracies(own, "retention"))
+        for (method, lr, weight_decay), own in groups.items()
+    ]
+    return pd.DataFrame([row | verdict(row, rows) for row in rows])
+
+
+def verdict(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, bool]:
+    """Whether `row` is its method's pick, and whether it lies at an edge of its grid."""
+    own = [other for other in rows if other["method"] == row["method"]]
+    rates = [other["lr"] for other in own]
+    return {
+        "picked": row is max(own, key=lambda other: other["target"]),
+        "at_edge": row["lr"] in (min(rates), max(rates)),
+    }
+
+
+def words(found: pd.DataFrame) -> pd.DataFrame:
+    """The curves as printed."""
+    marks = {(True, True): "picked, at the edge of its grid", (True, False): "picked"}
+    return pd.DataFrame(
+        {
+            "method": row["method"],
+            "lr": f"{row['lr']:g}",
+            "weight decay": f"{row['weight_decay']:g}",
+            "seeds": str(row["num_seeds"]),
+            "dev target ± 95 %": spread(row, "target", ".3f"),
+            "dev retention ± 95 %": spread(row, "retention", ".3f"),
+            "": marks.get((row["picked"], row["at_edge"]), ""),
+        }
+        for row in found.to_dict("records")
+    )

@@ -1,0 +1,166 @@
+"""The table in words and rounded numbers: printed on a terminal, written as Markdown and CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from suites import report
+from suites.plan import Cell, records_folder, safe_name
+from suites.record import DamagedRecordError, Record, read
+
+MIB = 2**20
+UNMATCHED = "*"
+
+
+def present(cells: Sequence[Cell], out: Path) -> int:
+    """Prints and writes the table of `cells`; 0 if all of them are ok and comparable, else 1."""
+    console = make_console()
+    records, problems = load(cells, out)
+    for problem in problems:
+        say(console, f"not counted: {problem}")
+    if not records:
+        return 1
+    try:
+        frame = report.frame(records)
+    except report.MixedRecordsError as error:
+        say(console, f"no table: {error}")
+        return 1
+    suite = cells[0].suite
+    tables = {"Quality": quality(frame), "Cost": cost(frame)}
+    notes = footnotes(frame, records)
+    for title, table in tables.items():
+        console.print(drawn(f"{suite.name}: {title.lower()}", table))
+    for note in notes:
+        say(console, note)
+    paths = write(tables, notes, frame, out / "tables" / safe_name(suite.name), suite.description)
+    say(console, f"records: {records_folder(suite, out, cells[0].split)}")
+    say(console, f"tables:  {', '.join(str(path) for path in paths)}")
+    return 0 if not problems and all(record.status == "ok" for record in records) else 1
+
+
+def make_console() -> Console:
+    """Standard output; 100 columns where it is a file or a pipe, which has no width."""
+    console = Console()
+    return console if console.is_terminal else Console(width=100)
+
+
+def say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def load(cells: Sequence[Cell], out: Path) -> tuple[list[Record], list[str]]:
+    """The cells' records, method by method, and a line for each that is missing or damaged."""
+    methods = list(dict.fromkeys(cell.method for cell in cells))
+    records, problems = [], []
+    for cell in sorted(cells, key=lambda cell: methods.index(cell.method)):
+        try:
+            records.append(read(cell.record_path(out)))
+        except DamagedRecordError as error:
+            problems.append(str(error))
+    return records, problems
+
+
+def quality(frame: pd.DataFrame) -> pd.DataFrame:
+    """What each method reached, and with how many weights."""
+    rows = []
+    for row in frame.to_dict("records"):
+        mark = "" if row["matched"] else UNMATCHED
+        rows.append(
+            {
+                "method": row["method"],
+                "seeds": f"{row['num_ok']}/{row['num_seeds']}",
+                "weights": number(row["num_trainable"], ",.0f", mark),
+                "%": number(row["trainable_percent"], ".2f"),
+                "lr": number(row["lr"], "g"),
+                "target ± 95 %": spread(row, "target", ".3f"),
+                "retention ± 95 %": spread(row, "retention", ".3f"),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def cost(frame: pd.DataFrame) -> pd.DataFrame:
+    """What each method took: time, and memory in MiB."""
+    rows = []
+    for row in frame.to_dict("records"):
+        rows.append(
+            {
+                "method": row["method"],
+                "ms/step": spread(row, "step_seconds", ".1f", 1000),
+                f"x {report.BASELINE}": spread(row, f"step_ratio_to_{report.BASELINE}", ".2f"),
+                **{
+                    f"peak {phase}": number(row[f"{phase}_peak_bytes"], ".0f", scale=1 / MIB)
+                    for phase in ("load", "train", "evaluate")
+                },
+                "backward": number(row["saved_for_backward_bytes"], ".2f", scale=1 / MIB),
+                "optimizer": number(row["optimizer_state_bytes"], ".2f", scale=1 / MIB),
+                "artifact": number(row["artifact_bytes"], ".2f", scale=1 / MIB),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def number(value: float | None, style: str, mark: str = "", scale: float = 1) -> str:
+    """`value` x `scale` in `style`, or a dash where there is none."""
+    return "-" if value is None or pd.isna(value) else f"{value * scale:{style}}{mark}"
+
+
+def spread(row: dict, name: str, style: str, scale: float = 1) -> str:
+    """Mean ± half of the 95 % interval, which one seed does not have."""
+    half_width = row[f"{name}_ci95"]
+    mean = number(row[name], style, scale=scale)
+    if half_width is None or pd.isna(half_width) or mean == "-":
+        return mean
+    return f"{mean} ± {half_width * scale:{style}}"
+
+
+def footnotes(frame: pd.DataFrame, records: Sequence[Record]) -> list[str]:
+    """What must be known to read the table, and what went wrong."""
+    notes = [
+        "target, retention: accuracy; peak: MiB in that phase beyond the libraries'; backward: MiB "
+        "kept for the backward pass."
+    ]
+    asked = {record.size.num_asked for record in records if record.size and record.size.num_asked}
+    budget = f"the budget of {asked.pop():,} weights" if asked else "a budget"
+    if not all(frame["matched"]):
+        notes.append(f"{UNMATCHED} not matched to {budget}.")
+    if (frame["num_ok"] == 1).any():
+        notes.append("One seed has no interval; use several before any claim.")
+    for row in frame.to_dict("records"):
+        notes += [f"{row['method']}: {failure}" for failure in row["failures"]]
+    return notes
+
+
+def write(
+    tables: dict[str, pd.DataFrame],
+    notes: Sequence[str],
+    frame: pd.DataFrame,
+    stem: Path,
+    description: str,
+) -> tuple[Path, Path]:
+    """Writes `<stem>.md`, as printed, and `<stem>.csv`, in full precision."""
+    markdown, csv = stem.with_name(f"{stem.name}.md"), stem.with_name(f"{stem.name}.csv")
+    parts = [f"# {stem.name}", description]
+    for title, table in tables.items():
+        align = ["left", *["right"] * (len(table.columns) - 1)]
+        text = table.to_markdown(index=False, colalign=align, disable_numparse=True)
+        parts += [f"## {title}", text]
+    parts += notes
+    markdown.parent.mkdir(parents=True, exist_ok=True)
+    markdown.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    frame.assign(failures=["; ".join(row) for row in frame["failures"]]).to_csv(csv, index=False)
+    return markdown, csv
+
+
+def drawn(title: str, table: pd.DataFrame) -> Table:
+    drawn = Table(title=title, title_justify="left")
+    for index, name in enumerate(table.columns):
+        drawn.add_column(name, justify="left" if index == 0 else "right")
+    for row in table.itertuples(index=False):
+        drawn.add_row(*row)
+    return drawn
