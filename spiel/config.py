@@ -1,0 +1,116 @@
+"""SpielConfig: what a SpIEL adapter is, as peft saves and loads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+from spiel.peft_type import add_peft_type
+
+GROWTH = {"ag": "ag", "rigl": "ag", "ma": "ma", "sm3": "ma"}
+POLICIES = ("linear", "cosine")
+DELTA_DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT_DENSITY = 0.01
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} {value!r} is unknown, must be one of {', '.join(allowed)}")
+
+
+@dataclass
+class SpielConfig(PeftConfig):
+    """Configuration of SpIEL (arXiv 2401.16405): sparse deltas on linear weights.
+
+    The budget is given once: as `density`, as `num_tunable_weights`, or module by module in
+    `num_deltas`. However it was given, injection fills `num_deltas`, and that is what is saved.
+
+    Raises:
+        ValueError: a field is out of its range; the message names the field and what is allowed.
+    """
+
+    growth: str = field(
+        default="ag",
+        metadata={"help": "How new indices are chosen: 'ag' (alias 'rigl') or 'ma' ('sm3')."},
+    )
+    density: float | None = field(
+        default=None,
+        metadata={"help": "Deltas as a share of all parameters of the model, in (0, 1]."},
+    )
+    num_tunable_weights: int | None = field(
+        default=None, metadata={"help": "Deltas in all, spread in proportion to weight sizes."}
+    )
+    num_deltas: dict[str, int] | None = field(
+        default=None, metadata={"help": "Deltas of each module. Filled at injection, and saved."}
+    )
+    weight_shapes: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": "Shape of each weight. Filled at injection, checked on loading."},
+    )
+    reselection_steps: int = field(
+        default=20, metadata={"help": "Optimizer steps from one reselection to the next."}
+    )
+    selection_accumulation_steps: int = field(
+        default=5, metadata={"help": "Steps that a growth window gathers gradients for."}
+    )
+    initial_reselection_rate: float = field(
+        default=0.2, metadata={"help": "Share of the deltas replaced at the start, in [0, 1]."}
+    )
+    reselection_rate_policy: str = field(
+        default="linear", metadata={"help": "How that share falls to 0: 'linear' or 'cosine'."}
+    )
+    delta_dtype: str = field(
+        default="float32", metadata={"help": f"Dtype of the deltas: {', '.join(DELTA_DTYPES)}."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names or regex of the linear modules; 'all-linear' when left out."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regex of modules to leave alone."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Only the layers with these numbers."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that the numbers refer to."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full and saved with the adapter."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        _one_of("growth", self.growth, tuple(GROWTH))
+        self.growth = GROWTH[self.growth]
+        _one_of("reselection_rate_policy", self.reselection_rate_policy, POLICIES)
+        _one_of("delta_dtype", self.delta_dtype, DELTA_DTYPES)
+        self._check_budget()
+        self._check_schedule()
+
+    def _check_budget(self) -> None:
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ValueError(f"density must be in (0, 1], got {self.density}")
+        if self.num_tunable_weights is not None and self.num_tunable_weights < 1:
+            raise ValueError(
+                f"num_tunable_weights must be at least 1, got {self.num_tunable_weights}"
+            )
+        if self.density is not None and self.num_tunable_weights is not None:
+            raise ValueError("give density or num_tunable_weights, not both")
+
+    def _check_schedule(self) -> None:
+        window, interval = self.selection_accumulation_steps, self.reselection_steps
+        if not 1 <= window < interval:
+            raise ValueError(
+                f"selection_accumulation_steps must be at least 1 and less than reselection_steps "
+                f"({interval}), or no growth window would ever close; got {window}"
+            )
+        if not 0 <= self.initial_reselection_rate <= 1:
+            raise ValueError(
+                f"initial_reselection_rate must be in [0, 1], got {self.initial_reselection_rate}"
+            )

@@ -1,0 +1,70 @@
+"""SpIEL as a contestant of the arena: fulfils the contract of `suites.methods`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import TrainerCallback
+
+from spiel.callback import SpielCallback
+from spiel.config import SpielConfig
+from spiel.optim import SpielAdamW
+from spiel.sm3 import SpielSM3
+
+
+class Budget(Protocol):
+    """What a method must know of its budget; `suites.suite.Budget` is one."""
+
+    @property
+    def target_modules(self) -> tuple[str, ...]: ...
+
+    def num_weights(self, model: nn.Module) -> int: ...
+
+
+@dataclass
+class SpielContestant:
+    """A model with a SpIEL adapter, ready to train."""
+
+    model: PeftModel
+    callbacks: Sequence[TrainerCallback]
+    num_trainable: int
+    growth: str
+
+    def optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        optimizer = SpielSM3 if self.growth == "ma" else SpielAdamW
+        return optimizer(self.model, lr=lr, weight_decay=weight_decay)
+
+    def artifact(self, path: Path) -> None:
+        self.model.save_pretrained(str(path))
+
+
+@dataclass(frozen=True)
+class Spiel:
+    """SpIEL with the hyper-parameters of SpielConfig."""
+
+    growth: str
+    reselection_steps: int
+    selection_accumulation_steps: int
+    initial_reselection_rate: float
+    reselection_rate_policy: str
+
+    def prepare(self, model: nn.Module, budget: Budget, total_steps: int) -> SpielContestant:
+        config = SpielConfig(
+            growth=self.growth,
+            num_tunable_weights=budget.num_weights(model),
+            reselection_steps=self.reselection_steps,
+            selection_accumulation_steps=self.selection_accumulation_steps,
+            initial_reselection_rate=self.initial_reselection_rate,
+            reselection_rate_policy=self.reselection_rate_policy,
+            target_modules=list(budget.target_modules),
+            task_type="CAUSAL_LM",
+        )
+        adapted = get_peft_model(model, config)
+        num_trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        return SpielContestant(adapted, [SpielCallback()], num_trainable, self.growth)

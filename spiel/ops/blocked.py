@@ -1,0 +1,138 @@
+"""Dense products a block of rows at a time, in one bounded workspace: the weight-sized result
+never exists. See `spiel.ops.reference` for what each op computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+#: The most memory an op may take beside its operands and its result.
+WORKSPACE_BYTES = 64 * 2**20
+
+#: Bytes of workspace an entry of a block needs while its largest entries are picked: the fp32
+#: value, its magnitude, a mask, and an int64 position for each entry that passes the mask.
+_BYTES_PER_ENTRY = 4 + 4 + 1 + 8
+
+#: Done to each fp32 block in place before it is read, as a sum over data-parallel ranks.
+Reduce = Callable[[torch.Tensor], None]
+
+
+def row_blocks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows (start, stop) whose blocks fit the workspace."""
+    height = max(1, WORKSPACE_BYTES // (_BYTES_PER_ENTRY * cols))
+    for start in range(0, rows, height):
+        yield start, min(start + height, rows)
+
+
+def _product(left_TB: torch.Tensor, right_TC: torch.Tensor) -> torch.Tensor:
+    """left.T @ right with fp32 accumulation and an fp32 result."""
+    if left_TB.dtype == torch.float32:
+        return left_TB.t() @ right_TC
+    if left_TB.is_cuda:
+        return torch.mm(left_TB.t(), right_TC, out_dtype=torch.float32)
+    return left_TB.float().t() @ right_TC
+
+
+def _operands(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Brings both to the dtype the product is made in; CPUs get fp32, once for all blocks."""
+    right = right.to(left.dtype)
+    if left.dtype != torch.float32 and not left.is_cuda:
+        right = right.float()
+    return left, right
+
+
+def sampled_gradient(
+    left_TR: torch.Tensor, right_TC: torch.Tensor, indices: torch.Tensor
+) -> torch.Tensor:
+    """The entries `indices` [k] of left.T @ right, in fp32."""
+    left_TR, right_TC = _operands(left_TR, right_TC)
+    rows, cols = left_TR.shape[1], right_TC.shape[1]
+    values = torch.empty(len(indices), dtype=torch.float32, device=left_TR.device)
+    blocks = list(row_blocks(rows, cols))
+    bounds = _cuts(indices, [start * cols for start, _ in blocks])
+    for (start, stop), lo, hi in zip(blocks, bounds, [*bounds[1:], len(indices)], strict=True):
+        if lo == hi:
+            continue
+        block = _product(left_TR[:, start:stop], right_TC).reshape(-1)
+        torch.index_select(block, 0, indices[lo:hi] - start * cols, out=values[lo:hi])
+    return values
+
+
+def largest_gradients(
+    left_TR: torch.Tensor, right_TC: torch.Tensor, k: int, reduce: Reduce | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The support of the `k` largest |entries| of left.T @ right, and those entries in fp32.
+
+    `reduce` sees every block before it is ranked.
+    """
+    left_TR, right_TC = _operands(left_TR, right_TC)
+
+    def block(start: int, stop: int) -> torch.Tensor:
+        values = _product(left_TR[:, start:stop], right_TC)
+        if reduce is not None:
+            reduce(values)
+        return values.reshape(-1)
+
+    shape = left_TR.shape[1], right_TC.shape[1]
+    indices, values = _largest(block, torch.abs, *shape, k, left_TR.device)
+    order = indices.argsort()
+    return indices[order], values[order]
+
+
+def largest_products(
+    row: torch.Tensor, col: torch.Tensor, k: int, exclude: torch.Tensor
+) -> torch.Tensor:
+    """Flat indices of the `k` largest row x col products outside `exclude`, largest first.
+
+    `row` [rows] and `col` [cols] are not negative; `exclude` is a support.
+    """
+    cols = len(col)
+
+    def block(start: int, stop: int) -> torch.Tensor:
+        products = torch.outer(row[start:stop].float(), col.float()).reshape(-1)
+        lo, hi = _cuts(exclude, [start * cols, stop * cols])
+        return products.index_fill_(0, exclude[lo:hi].long() - start * cols, -1.0)
+
+    indices, values = _largest(block, torch.Tensor.detach, len(row), cols, k, row.device)
+    return indices[values >= 0]
+
+
+def _cuts(indices: torch.Tensor, bounds: list[int]) -> list[int]:
+    """Where each of `bounds` falls in the sorted `indices`."""
+    edges = torch.tensor(bounds, dtype=torch.int64, device=indices.device)
+    if indices.dtype == torch.int32:  # a bound one past the last entry may not fit
+        edges = edges.clamp_(max=torch.iinfo(torch.int32).max).int()
+    return torch.searchsorted(indices, edges).tolist()
+
+
+def _largest(
+    block: Callable[[int, int], torch.Tensor],
+    rank: Callable[[torch.Tensor], torch.Tensor],
+    rows: int,
+    cols: int,
+    k: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `k` entries of highest rank of a matrix seen in blocks, highest first.
+
+    Keeps the best so far and looks, in each block, only at what beats the least of them. Equal
+    ranks fall as `torch.topk` lets them, as in the original code: products of MA tie exactly where
+    the accumulators of rows and columns mirror each other.
+    """
+    indices = torch.empty(0, dtype=torch.int64, device=device)
+    values = torch.empty(0, dtype=torch.float32, device=device)
+    for start, stop in row_blocks(rows, cols):
+        entries = block(start, stop)
+        ranks = rank(entries)
+        if len(values) < k:
+            found = ranks.topk(min(k, len(ranks))).indices
+        else:
+            found = (ranks > rank(values[-1:])).nonzero().squeeze(1)
+        indices = torch.cat([indices, found + start * cols])
+        values = torch.cat([values, entries[found]])
+        if start > 0:
+            order = rank(values).topk(min(k, len(values))).indices
+            indices, values = indices[order], values[order]
+    return indices, values

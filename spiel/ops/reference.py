@@ -1,0 +1,35 @@
+"""The definition of every op, dense and slow. The faster ones are tested against it.
+
+A linear layer with weight [rows, cols] has the gradient dW = left.T @ right, where for
+`torch.nn.Linear` `left` is the gradient of the output and `right` the input. T counts tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def sampled_gradient(
+    left_TR: torch.Tensor, right_TC: torch.Tensor, indices: torch.Tensor
+) -> torch.Tensor:
+    """The entries `indices` [k] of left.T @ right, in fp32."""
+    dense_RC = left_TR.float().t() @ right_TC.float()
+    return dense_RC.reshape(-1)[indices.long()]
+
+
+def largest_gradients(
+    left_TR: torch.Tensor, right_TC: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The support of the `k` largest |entries| of left.T @ right, and those entries in fp32."""
+    dense = (left_TR.float().t() @ right_TC.float()).reshape(-1)
+    indices = dense.abs().topk(k).indices.sort().values
+    return indices, dense[indices]
+
+
+def largest_products(
+    row: torch.Tensor, col: torch.Tensor, k: int, exclude: torch.Tensor
+) -> torch.Tensor:
+    """Flat indices of the `k` largest row x col products outside `exclude`, largest first."""
+    products = torch.outer(row, col).reshape(-1)
+    products[exclude.long()] = -1
+    return products.topk(k).indices

@@ -1,0 +1,27 @@
+"""Only the wanted entries of a weight's gradient, by a library's sampled dense-dense product.
+
+See `spiel.ops.reference` for what is computed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from spiel.support import row_pointers, split_index
+
+
+def sampled_gradient(
+    left_TR: torch.Tensor, right_TC: torch.Tensor, indices: torch.Tensor
+) -> torch.Tensor:
+    """The entries `indices` [k] of left.T @ right, in fp32."""
+    rows, cols = left_TR.shape[1], right_TC.shape[1]
+    pattern = torch.sparse_csr_tensor(
+        row_pointers(indices, rows, cols),
+        split_index(indices, cols)[1],
+        torch.zeros(len(indices), dtype=torch.float32, device=indices.device),
+        size=(rows, cols),
+        check_invariants=False,
+    )
+    # The left operand is read a row at a time for every entry of that row, hence the copy.
+    left_RT = left_TR.float().t().contiguous()
+    return torch.sparse.sampled_addmm(pattern, left_RT, right_TC.float(), beta=0.0).values()

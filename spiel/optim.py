@@ -1,0 +1,177 @@
+"""Optimisers whose state follows each active weight through reselections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from spiel.reselection import Exchange
+
+#: Ages saturate here: they fit 2 bytes, and by then bias correction is 1 in fp32 for b2 <= 0.999.
+MAX_AGE = 2**15 - 1
+
+
+class SpielOptimizer(torch.optim.Optimizer):
+    """What SpIEL's optimisers share: what they optimise, the loop of a step, and the state of the
+    Reselector, which travels in their state dict where Trainer's checkpoints keep it.
+
+    Args:
+        model_or_params: a model (its trainable parameters), parameters, or parameter groups.
+        defaults: values of each group; all but betas must not be negative.
+    """
+
+    def __init__(
+        self, model_or_params: nn.Module | Iterable[Any], defaults: dict[str, Any]
+    ) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            if defaults[name] < 0:
+                raise ValueError(f"{name} must not be negative, got {defaults[name]}")
+        if isinstance(model_or_params, nn.Module):
+            model_or_params = [p for p in model_or_params.parameters() if p.requires_grad]
+        super().__init__(model_or_params, defaults)
+        #: Gives the Reselector's state to `state_dict`; set by whoever wants it saved here.
+        self.reselector_state: Callable[[], dict[str, Any]] | None = None
+        #: The Reselector's state that came with `load_state_dict`.
+        self.loaded_reselector_state: dict[str, Any] | None = None
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.update(parameter, group)
+        return loss
+
+    def update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        """Changes one parameter by its gradient."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self.reselector_state is not None:
+            state["reselector"] = self.reselector_state()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state_dict = dict(state_dict)
+        self.loaded_reselector_state = state_dict.pop("reselector", None)
+        super().load_state_dict(state_dict)
+
+
+class SpielAdamW(SpielOptimizer):
+    """AdamW with an age of its own for every active weight.
+
+    With age a, counted from 1, and gradient g:
+        m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
+        value -= lr m / ((sqrt(v) + eps) (1 - b1^a) / sqrt(1 - b2^a)),   value -= lr wd value
+    which differs from `torch.optim.AdamW` in where eps stands and in the age. Weight decay pulls
+    deltas to 0, and so weights to their pretrained values. Formula: the code of arXiv 2401.16405.
+
+    State per weight: m and v, 4 bytes each, and the age, one int16 for the whole parameter until
+    a reselection makes ages differ, then one for each weight.
+
+    Args:
+        model_or_params: a model (its trainable parameters), parameters, or parameter groups.
+        lr: learning rate.
+        betas: b1 and b2, each in [0, 1).
+        eps: added to sqrt(v) before bias correction.
+        weight_decay: decoupled weight decay.
+    """
+
+    def __init__(
+        self,
+        model_or_params: nn.Module | Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must each be in [0, 1), got {betas}")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(model_or_params, defaults)
+
+    def update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        state = self._state_of(parameter)
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        assert parameter.grad is not None
+        gradient = parameter.grad.to(m.dtype)
+        m.lerp_(gradient, 1 - beta1)
+        v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        update = v.sqrt().add_(group["eps"]).reciprocal_().mul_(m)
+        update.mul_(_bias_correction(state["age"], beta1, beta2).to(update.device))
+        parameter.sub_(update.mul_(group["lr"]))
+        if group["weight_decay"]:
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        state["age"].clamp_(max=MAX_AGE - 1).add_(1)
+
+    def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
+        state = self.state[parameter]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["age"] = torch.ones((), dtype=torch.int16)
+        return state
+
+    @torch.no_grad()
+    def reselect(
+        self,
+        parameter: torch.Tensor,
+        exchange: Exchange,
+        gradient_mean: torch.Tensor,
+        gradient_sq_mean: torch.Tensor,
+        num_steps: int,
+    ) -> None:
+        """Moves the state of `parameter` to a new support and seeds it for grown weights.
+
+        Args:
+            gradient_mean: [k], mean gradient over the steps seen; read where `exchange.grown`.
+            gradient_sq_mean: [k], mean squared gradient, likewise.
+            num_steps: how many optimizer steps they were seen for: the age of grown weights.
+        """
+        beta1, beta2 = self._group_of(parameter)["betas"]
+        state = self._state_of(parameter)
+        seeds = {
+            "exp_avg": gradient_mean * (1 - beta1**num_steps),
+            "exp_avg_sq": gradient_sq_mean * (1 - beta2**num_steps),
+        }
+        for name, seed in seeds.items():
+            state[name] = torch.where(exchange.grown, seed, state[name][exchange.source])
+        age = state["age"].to(parameter.device).expand(parameter.shape)[exchange.source]
+        state["age"] = age.masked_fill(exchange.grown, num_steps)
+
+    def _group_of(self, parameter: torch.Tensor) -> dict[str, Any]:
+        for group in self.param_groups:
+            if any(parameter is member for member in group["params"]):
+                return group
+        raise ValueError("the optimizer does not have this parameter")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave; ages stay integers, which torch would cast to floats."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state["age"] = state["age"].to(torch.int16)
+
+
+_TABLES: dict[tuple[float, float], torch.Tensor] = {}
+
+
+def _bias_correction(age: torch.Tensor, beta1: float, beta2: float) -> torch.Tensor:
+    """sqrt(1 - b2^age) / (1 - b1^age) for each age, in fp32, looked up."""
+    key = (beta1, beta2)
+    if key not in _TABLES:
+        ages = torch.arange(MAX_AGE + 1, dtype=torch.float64)
+        _TABLES[key] = ((1 - beta2**ages).sqrt() / (1 - beta1**ages)).float()
+    table = _TABLES[key].to(age.device)
+    return table[age.int()]

@@ -1,0 +1,218 @@
+"""Reselector: drives the schedule over a model, one call after every optimizer step."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from spiel.config import SpielConfig
+from spiel.layer import SpielLinear
+from spiel.model import spiel_layers
+from spiel.ops.blocked import largest_products
+from spiel.optim import SpielAdamW
+from spiel.reselection import Exchange, Schedule, drop, exchange, grow_by_gradients
+from spiel.sm3 import SpielSM3
+from spiel.window import GradientWindow
+
+
+class Reselector:
+    """Drops and grows the deltas of a model's active SpIEL adapter.
+
+    Use: `optimizer.step(); optimizer.zero_grad(); reselector.step()`. Make it before training, so
+    that the first growth window sees the first backward pass.
+
+    Args:
+        model: a model with a SpIEL adapter (`peft.get_peft_model`).
+        optimizer: has the adapter's deltas. Growth "ma" needs SpielSM3; growth "ag" is made for
+            SpielAdamW, and takes any optimiser whose state per weight has the parameter's shape:
+            grown weights then start from a state of 0.
+        total_steps: length of training in optimizer steps.
+        gradient_accumulation_steps: backward passes for each optimizer step. More than so many
+            means that a call of `step` was left out, which is told.
+        adapter: which adapter, where several are active.
+
+    Raises:
+        ValueError: `total_steps` is too small for one reselection, or the optimizer does not have
+            the deltas.
+        TypeError: the optimizer cannot serve this growth.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        gradient_accumulation_steps: int = 1,
+        adapter: str | None = None,
+    ) -> None:
+        if gradient_accumulation_steps < 1:
+            raise ValueError(
+                f"gradient_accumulation_steps must be at least 1, got {gradient_accumulation_steps}"
+            )
+        self.adapter, self.layers = spiel_layers(model, adapter)
+        configs: Any = model.peft_config
+        config: SpielConfig = configs[self.adapter]
+        self.growth: str = config.growth
+        self.schedule = Schedule(
+            total_steps,
+            config.reselection_steps,
+            config.selection_accumulation_steps,
+            config.initial_reselection_rate,
+            config.reselection_rate_policy,
+        )
+        self.optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._check_optimizer()
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.t = 0
+        self.windows: dict[str, GradientWindow] = {}
+        self._optimizer_steps = 0
+        self._hook = self.optimizer.register_step_post_hook(self._count_step)
+        self._open_windows()
+
+    # -- the interface ----------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Call once after every `optimizer.step()`.
+
+        Raises:
+            RuntimeError: the optimizer has not stepped since the last call, or more than once.
+        """
+        if self._optimizer_steps != 1:
+            raise RuntimeError(
+                f"reselector.step() must follow each optimizer.step(); there were "
+                f"{self._optimizer_steps} optimizer steps since the last call"
+            )
+        self._optimizer_steps = 0
+        self.t += 1
+        for window in self.windows.values():
+            window.end_step()
+        if self.schedule.reselects(self.t):
+            self._reselect()
+            self._close_windows()
+        if self.schedule.opens_window(self.t):
+            self._open_windows()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs beside the model's and the optimizer's state."""
+        windows = {name: window.state_dict() for name, window in self.windows.items()}
+        return {"t": self.t, "windows": windows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken. Load the model and the optimizer too.
+
+        Raises:
+            ValueError: the state is of a model with other modules.
+        """
+        unknown = set(state["windows"]) - set(self.layers)
+        if unknown:
+            raise ValueError(f"the state has windows of unknown modules: {', '.join(unknown)}")
+        self.t = state["t"]
+        self._close_windows()
+        if state["windows"]:
+            self._open_windows()
+        for name, saved in state["windows"].items():
+            device = self.layers[name].spiel_deltas[self.adapter].device
+            self.windows[name].load_state_dict(saved, device)
+
+    def close(self) -> None:
+        """Lets go of model and optimizer."""
+        self._close_windows()
+        self._hook.remove()
+
+    # -- parts of a step --------------------------------------------------------------------
+
+    def _count_step(self, *_: Any) -> None:
+        self._optimizer_steps += 1
+
+    def _check_optimizer(self) -> None:
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for name, layer in self.layers.items():
+            if id(layer.spiel_deltas[self.adapter]) not in known:
+                raise ValueError(
+                    f"the optimizer does not have the deltas of {name}: make it after "
+                    "get_peft_model, as spiel.SpielAdamW(model, lr=...)"
+                )
+        name = type(self.optimizer).__name__
+        if self.growth == "ma" and not isinstance(self.optimizer, SpielSM3):
+            raise TypeError(f"growth 'ma' reads the momenta of spiel.SpielSM3, got {name}")
+        if self.growth == "ag" and not isinstance(self.optimizer, SpielAdamW):
+            warnings.warn(
+                f"{name} knows no age of single weights: grown weights start unseeded; "
+                "spiel.SpielAdamW is made for growth 'ag'",
+                stacklevel=3,
+            )
+
+    def _open_windows(self) -> None:
+        if self.growth == "ma":
+            return  # the optimizer's accumulators watch at all times
+        for name, layer in self.layers.items():
+            window = GradientWindow(len(layer.spiel_deltas[self.adapter]))
+            self.windows[name] = window
+            layer.observers[self.adapter] = window.observe
+
+    def _close_windows(self) -> None:
+        for layer in self.layers.values():
+            layer.observers.pop(self.adapter, None)
+        self.windows = {}
+
+    def _reselect(self) -> None:
+        rate = self.schedule.rate(self.t)
+        for name, layer in self.layers.items():
+            n = int(len(layer.spiel_deltas[self.adapter]) * rate)
+            if n == 0:
+                continue
+            if self.growth == "ma":
+                self._reselect_by_momenta(layer, n)
+            elif self.windows[name].num_steps > 0:
+                self._reselect_by_gradients(layer, self.windows[name], n)
+
+    def _reselect_by_gradients(self, layer: SpielLinear, window: GradientWindow, n: int) -> None:
+        """Exchanges `n` deltas of a layer for the candidates that the window found (AG)."""
+        candidates, sums, squares = window.candidates, window.sums, window.squares
+        assert candidates is not None and sums is not None and squares is not None
+        deltas, indices = layer.spiel_deltas[self.adapter], layer.spiel_indices[self.adapter]
+        dropped = drop(deltas, n)
+        grown = grow_by_gradients(candidates, sums, indices, dropped)
+        change = self._exchange(layer, dropped, candidates[grown])
+        if isinstance(self.optimizer, SpielAdamW):
+            # Where each entry of the new support stands among the candidates; read if grown.
+            at = torch.searchsorted(candidates, change.indices.to(candidates.dtype))
+            at.clamp_(max=len(candidates) - 1)
+            means = (sums[at] / window.num_steps, squares[at] / window.num_steps)
+            self.optimizer.reselect(deltas, change, *means, window.num_steps)
+        else:
+            _move_state(self.optimizer, deltas, change)
+
+    def _reselect_by_momenta(self, layer: SpielLinear, n: int) -> None:
+        """Exchanges `n` deltas of a layer for the inactive weights of largest momenta (MA)."""
+        assert isinstance(self.optimizer, SpielSM3)
+        deltas, indices = layer.spiel_deltas[self.adapter], layer.spiel_indices[self.adapter]
+        grown = largest_products(*self.optimizer.momenta(deltas), n, exclude=indices)
+        change = self._exchange(layer, drop(deltas, n), grown)
+        self.optimizer.reselect(deltas, change)
+
+    def _exchange(
+        self, layer: SpielLinear, dropped: torch.Tensor, entering: torch.Tensor
+    ) -> Exchange:
+        change = exchange(layer.spiel_indices[self.adapter], dropped, entering)
+        moved = change.move(layer.spiel_deltas[self.adapter].detach())
+        layer.replace_support(self.adapter, change.indices, moved)
+        return change
+
+
+def _move_state(
+    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, change: Exchange
+) -> None:
+    """Brings an ordinary optimiser's state per weight to a new support, 0 for grown weights."""
+    for name, value in optimizer.state[parameter].items():
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            continue
+        if value.shape != parameter.shape or not value.is_floating_point():
+            raise TypeError(
+                f"{type(optimizer).__name__} keeps {name!r} in a form that cannot follow a "
+                "reselection (shape or dtype); use spiel.SpielAdamW"
+            )
+        optimizer.state[parameter][name] = change.move(value)

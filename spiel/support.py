@@ -1,0 +1,76 @@
+"""The support of one weight: which of its entries are trained.
+
+A support is a 1-D integer tensor of flat indices into a weight seen as [rows, cols] in row-major
+order, sorted and unique. It is int32 wherever the weight has fewer than 2**31 entries.
+"""
+
+from __future__ import annotations
+
+import torch
+
+INT32_LIMIT = 2**31
+
+
+def index_dtype(numel: int) -> torch.dtype:
+    """The dtype of indices into a weight of `numel` entries: int32 where it fits, else int64."""
+    return torch.int32 if numel < INT32_LIMIT else torch.int64
+
+
+def check_support(indices: torch.Tensor, k: int, numel: int, where: str) -> None:
+    """Raises ValueError, naming `where`, unless this is a support of `k` of `numel` entries."""
+    if indices.dim() != 1 or indices.is_floating_point():
+        raise ValueError(f"{where}: indices must be a 1-D integer tensor, got {indices.dtype}")
+    if len(indices) != k:
+        raise ValueError(f"{where}: expected {k} indices, got {len(indices)}")
+    if k == 0:
+        return
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0 or high >= numel:
+        bad = low if low < 0 else high
+        raise ValueError(f"{where}: index {bad} is out of range, the weight has {numel} entries")
+    steps = indices[1:] > indices[:-1]
+    if not bool(steps.all()):
+        at = int(steps.logical_not().nonzero()[0])
+        kind = "duplicated" if indices[at] == indices[at + 1] else "unsorted"
+        raise ValueError(
+            f"{where}: indices are {kind} at position {at + 1}: {int(indices[at + 1])}"
+        )
+
+
+def random_support(k: int, numel: int) -> torch.Tensor:
+    """`k` of `numel` indices, uniformly at random without replacement, sorted, on the CPU.
+
+    Drawn from torch's global CPU generator, so that a seed gives the same support on any device.
+    Memory grows with `k`, not with `numel`, unless more than half of the entries are wanted.
+    """
+    dtype = index_dtype(numel)
+    if 2 * k > numel:
+        return torch.randperm(numel, device="cpu", dtype=dtype)[:k].sort().values
+    chosen = torch.empty(0, dtype=dtype, device="cpu")
+    while len(chosen) < k:
+        more = torch.randint(numel, (k - len(chosen) + 16,), dtype=dtype, device="cpu")
+        chosen = torch.cat([chosen, more]).unique()
+    # `unique` sorts, so the surplus is thinned at random, not cut off at the end.
+    keep = torch.randperm(len(chosen), device="cpu")[:k].sort().values
+    return chosen[keep]
+
+
+def row_pointers(indices: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """CSR row pointers [rows + 1] of a support, in the indices' dtype."""
+    starts = torch.arange(rows + 1, device=indices.device, dtype=indices.dtype) * cols
+    return torch.searchsorted(indices, starts, out_int32=indices.dtype == torch.int32)
+
+
+def split_index(indices: torch.Tensor, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns, each [k], of flat indices."""
+    rows = torch.div(indices, cols, rounding_mode="floor")
+    return rows, indices - rows * cols
+
+
+def contains(sorted_indices: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """For each of `queries` whether it is in `sorted_indices`, as a bool tensor."""
+    if len(sorted_indices) == 0:
+        return torch.zeros(queries.shape, dtype=torch.bool, device=queries.device)
+    at = torch.searchsorted(sorted_indices, queries.to(sorted_indices.dtype))
+    at.clamp_(max=len(sorted_indices) - 1)
+    return sorted_indices[at] == queries
