@@ -40,15 +40,18 @@ class World:
     num_values: int = 96
     num_choices: int = 8
     shown_fraction: float = 0.4
+    #: Asked in each task of each split.
+    num_questions: int = 512
     # The base model, a Llama.
     hidden_size: int = 128
     intermediate_size: int = 336
     num_layers: int = 4
     num_heads: int = 4
-    # Its pretraining: AdamW, cosine schedule.
-    pretraining_steps: int = 500
-    pretraining_batch_size: int = 256
-    pretraining_lr: float = 2e-3
+    initializer_range: float = 0.08
+    # Its pretraining: AdamW, cosine schedule; a batch is of entities, with all their relations.
+    pretraining_steps: int = 300
+    pretraining_batch_size: int = 64
+    pretraining_lr: float = 3e-3
     pretraining_weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
@@ -143,7 +146,7 @@ def _write(world: World, folder: Path, report: Progress) -> None:
 
     report(0.0, "writing the facts")
     embedded_files.write(world, folder)
-    embedded_base.pretrain(world, folder, report)
+    embedded_base.pretrain(world, folder / "model", report)
     manifest = {"world": dataclasses.asdict(world), **_makers(), "sha256": _hashes(folder)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 

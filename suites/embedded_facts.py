@@ -106,7 +106,8 @@ def splits(world: World) -> dict[str, list[Row]]:
     rng = random.Random(f"questions {world.seed}")
 
     def questions(tables: tuple, entities: Iterable[int], relations: Iterable[int]) -> list[Row]:
-        pairs = [(entity, relation) for entity in sorted(entities) for relation in relations]
+        pairs = [(entity, relation) for entity in entities for relation in relations]
+        pairs = rng.sample(pairs, min(world.num_questions, len(pairs)))
         return [_question(world, facts, tables, *pair, rng) for pair in pairs]
 
     return {
