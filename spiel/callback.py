@@ -52,7 +52,10 @@ class SpielCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.reselector is not None
-        self.reselector.step()
+        if self.reselector.optimizer_has_stepped:
+            self.reselector.step()
+        else:  # fp16 training lets the optimizer skip a step that overflowed
+            self.reselector.skip_step()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

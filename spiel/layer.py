@@ -24,8 +24,9 @@ from transformers.pytorch_utils import Conv1D
 from spiel import ops
 from spiel.support import check_support, index_dtype, random_support
 
-#: Called in backward with (left [tokens, rows], right [tokens, cols]); dW = left.T @ right.
-Observer = Callable[[torch.Tensor, torch.Tensor], None]
+#: Called in backward with left [tokens, rows] and right [tokens, cols], of which left.T @ right is
+#: the weight's gradient, and with its entries [k] at the support.
+Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 #: The layer of every delta Parameter seen so far, for optimisers that need the weight's geometry.
 #: Beside the Parameters, not on them: a Parameter with a layer attached could not be pickled.
@@ -233,9 +234,9 @@ class SpielLinear(nn.Module, BaseTunerLayer):
         left, right = grad_out.flatten(0, -2), x.flatten(0, -2)
         if isinstance(self.base_layer, Conv1D):
             left, right = right, left
-        if adapter in self.observers:
-            self.observers[adapter](left, right)
         gradient = ops.sampled_gradient(left, right, self.spiel_indices[adapter])
+        if adapter in self.observers:
+            self.observers[adapter](left, right, gradient)
         return gradient.to(self.spiel_deltas[adapter].dtype)
 
     # -- merging ----------------------------------------------------------------------------

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from spiel.reselection import Exchange
+from spiel.state import check_state_dtype, fetch, store
 
 #: Ages saturate here: they fit 2 bytes, and by then bias correction is 1 in fp32 for b2 <= 0.999.
 MAX_AGE = 2**15 - 1
+
+#: The first and the second moment, as torch's own AdamW names them.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class SpielOptimizer(torch.optim.Optimizer):
@@ -63,9 +68,20 @@ class SpielOptimizer(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave, every tensor in the dtype it was saved in.
+
+        torch's own loading casts state to the parameters' dtype, integers included.
+        """
         state_dict = dict(state_dict)
         self.loaded_reselector_state = state_dict.pop("reselector", None)
         super().load_state_dict(state_dict)
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for key, parameter in zip(keys, parameters, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if isinstance(value, torch.Tensor):
+                    device = parameter.device if value.dim() > 0 else "cpu"
+                    self.state[parameter][name] = value.detach().to(device, copy=True)
 
 
 class SpielAdamW(SpielOptimizer):
@@ -77,7 +93,8 @@ class SpielAdamW(SpielOptimizer):
     which differs from `torch.optim.AdamW` in where eps stands and in the age. Weight decay pulls
     deltas to 0, and so weights to their pretrained values. Formula: the code of arXiv 2401.16405.
 
-    State per weight: m and v, 4 bytes each, and the age, one int16 for the whole parameter until
+    State per weight: m and v, each of 4 bytes (`state_dtype` "float32"), 2 ("bfloat16") or 1 and
+    1/64 ("8bit": blocks of 256 share a scale); and the age, one int16 for the whole parameter until
     a reselection makes ages differ, then one for each weight.
 
     Args:
@@ -86,6 +103,7 @@ class SpielAdamW(SpielOptimizer):
         betas: b1 and b2, each in [0, 1).
         eps: added to sqrt(v) before bias correction.
         weight_decay: decoupled weight decay.
+        state_dtype: how m and v are kept; they are fp32 while they are changed.
     """
 
     def __init__(
@@ -95,33 +113,38 @@ class SpielAdamW(SpielOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
+        state_dtype: str = "float32",
     ) -> None:
+        self.state_dtype = check_state_dtype(state_dtype)
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must each be in [0, 1), got {betas}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(model_or_params, defaults)
 
     def update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        assert parameter.grad is not None
         beta1, beta2 = group["betas"]
         state = self._state_of(parameter)
-        m, v = state["exp_avg"], state["exp_avg_sq"]
-        assert parameter.grad is not None
-        gradient = parameter.grad.to(m.dtype)
-        m.lerp_(gradient, 1 - beta1)
-        v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        update = v.sqrt().add_(group["eps"]).reciprocal_().mul_(m)
-        update.mul_(_bias_correction(state["age"], beta1, beta2).to(update.device))
-        parameter.sub_(update.mul_(group["lr"]))
+        gradient = parameter.grad.float()
+        m = fetch(state, "exp_avg", self.state_dtype).lerp_(gradient, 1 - beta1)
+        v = fetch(state, "exp_avg_sq", self.state_dtype).mul_(beta2)
+        v.addcmul_(gradient, gradient, value=1 - beta2)
+        step = v.sqrt().add_(group["eps"]).reciprocal_().mul_(m)
+        step.mul_(_bias_correction(state["age"], beta1, beta2, step.device))
+        parameter.sub_(step.mul_(group["lr"]))
         if group["weight_decay"]:
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        store(state, "exp_avg", m, self.state_dtype)
+        store(state, "exp_avg_sq", v, self.state_dtype)
         state["age"].clamp_(max=MAX_AGE - 1).add_(1)
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
         state = self.state[parameter]
         if not state:
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
-            state["age"] = torch.ones((), dtype=torch.int16)
+            for name in MOMENTS:
+                zeros = torch.zeros_like(parameter, dtype=torch.float32)
+                store(state, name, zeros, self.state_dtype)
+            state["age"] = torch.ones((), dtype=torch.int16, device="cpu")
         return state
 
     @torch.no_grad()
@@ -140,14 +163,14 @@ class SpielAdamW(SpielOptimizer):
             gradient_sq_mean: [k], mean squared gradient, likewise.
             num_steps: how many optimizer steps they were seen for: the age of grown weights.
         """
-        beta1, beta2 = self._group_of(parameter)["betas"]
         state = self._state_of(parameter)
-        seeds = {
-            "exp_avg": gradient_mean * (1 - beta1**num_steps),
-            "exp_avg_sq": gradient_sq_mean * (1 - beta2**num_steps),
-        }
-        for name, seed in seeds.items():
-            state[name] = torch.where(exchange.grown, seed, state[name][exchange.source])
+        seeds = (gradient_mean, gradient_sq_mean)
+        for name, seed, beta in zip(
+            MOMENTS, seeds, self._group_of(parameter)["betas"], strict=True
+        ):
+            moved = fetch(state, name, self.state_dtype)[exchange.source]
+            seed = seed * (1 - beta**num_steps)
+            store(state, name, torch.where(exchange.grown, seed, moved), self.state_dtype)
         age = state["age"].to(parameter.device).expand(parameter.shape)[exchange.source]
         state["age"] = age.masked_fill(exchange.grown, num_steps)
 
@@ -157,21 +180,17 @@ class SpielAdamW(SpielOptimizer):
                 return group
         raise ValueError("the optimizer does not have this parameter")
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave; ages stay integers, which torch would cast to floats."""
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            state["age"] = state["age"].to(torch.int16)
+
+@cache
+def _table(beta1: float, beta2: float, device: torch.device) -> torch.Tensor:
+    ages = torch.arange(MAX_AGE + 1, dtype=torch.float64, device="cpu")
+    return ((1 - beta2**ages).sqrt() / (1 - beta1**ages)).float().to(device)
 
 
-_TABLES: dict[tuple[float, float], torch.Tensor] = {}
-
-
-def _bias_correction(age: torch.Tensor, beta1: float, beta2: float) -> torch.Tensor:
+def _bias_correction(
+    age: torch.Tensor, beta1: float, beta2: float, device: torch.device
+) -> torch.Tensor:
     """sqrt(1 - b2^age) / (1 - b1^age) for each age, in fp32, looked up."""
-    key = (beta1, beta2)
-    if key not in _TABLES:
-        ages = torch.arange(MAX_AGE + 1, dtype=torch.float64)
-        _TABLES[key] = ((1 - beta2**ages).sqrt() / (1 - beta1**ages)).float()
-    table = _TABLES[key].to(age.device)
-    return table[age.int()]
+    if age.dim() == 0:  # on the CPU: no transfer for a number
+        return _table(beta1, beta2, torch.device("cpu"))[int(age)].to(device)
+    return _table(beta1, beta2, device)[age.int()]

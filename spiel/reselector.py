@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from spiel.config import SpielConfig
+from spiel.distributed import broadcast_, check_equal, is_parallel
 from spiel.layer import SpielLinear
 from spiel.model import spiel_layers
 from spiel.ops.blocked import largest_products
@@ -53,8 +54,7 @@ class Reselector:
                 f"gradient_accumulation_steps must be at least 1, got {gradient_accumulation_steps}"
             )
         self.adapter, self.layers = spiel_layers(model, adapter)
-        configs: Any = model.peft_config
-        config: SpielConfig = configs[self.adapter]
+        config = _config_of(model, self.adapter)
         self.growth: str = config.growth
         self.schedule = Schedule(
             total_steps,
@@ -68,8 +68,13 @@ class Reselector:
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.t = 0
         self.windows: dict[str, GradientWindow] = {}
+        self._scale = 1.0
         self._optimizer_steps = 0
-        self._hook = self.optimizer.register_step_post_hook(self._count_step)
+        self._hooks = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+        self._share_support()
         self._open_windows()
 
     # -- the interface ----------------------------------------------------------------------
@@ -88,7 +93,7 @@ class Reselector:
         self._optimizer_steps = 0
         self.t += 1
         for window in self.windows.values():
-            window.end_step()
+            window.end_step(self._scale)
         if self.schedule.reselects(self.t):
             self._reselect()
             self._close_windows()
@@ -120,12 +125,47 @@ class Reselector:
     def close(self) -> None:
         """Lets go of model and optimizer."""
         self._close_windows()
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+
+    def skip_step(self) -> None:
+        """Call in place of `step` when the optimizer was not stepped, as a GradScaler does after
+        an overflow: the gradients of these micro-batches are forgotten.
+        """
+        for window in self.windows.values():
+            window.skip_step()
 
     # -- parts of a step --------------------------------------------------------------------
 
-    def _count_step(self, *_: Any) -> None:
+    def _before_step(self, *_: Any) -> None:
+        for name, window in self.windows.items():
+            gradient = self.layers[name].spiel_deltas[self.adapter].grad
+            if window.is_probe and gradient is not None:
+                self._scale = window.measure_scale(gradient)
+
+    def _after_step(self, *_: Any) -> None:
         self._optimizer_steps += 1
+
+    @property
+    def optimizer_has_stepped(self) -> bool:
+        """Whether there was an optimizer step that `step` has not been called for."""
+        return self._optimizer_steps > 0
+
+    def _share_support(self) -> None:
+        """Gives all data-parallel ranks the support and the deltas of rank 0."""
+        if not is_parallel():
+            return
+        for layer in self.layers.values():
+            indices = layer.spiel_indices[self.adapter].clone()
+            deltas = layer.spiel_deltas[self.adapter].detach().clone()
+            broadcast_(indices)
+            broadcast_(deltas)
+            layer.replace_support(self.adapter, indices, deltas)
+
+    def _check_agreement(self) -> None:
+        supports = [layer.spiel_indices[self.adapter].long() for layer in self.layers.values()]
+        sums = torch.stack([support.sum() for support in supports])
+        check_equal(sums, "the supports that reselection chose")
 
     def _check_optimizer(self) -> None:
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -148,8 +188,11 @@ class Reselector:
     def _open_windows(self) -> None:
         if self.growth == "ma":
             return  # the optimizer's accumulators watch at all times
+        sizes = {name: len(layer.spiel_deltas[self.adapter]) for name, layer in self.layers.items()}
+        probe = min((name for name in sizes if sizes[name] > 0), key=sizes.__getitem__, default="")
+        self._scale = 1.0
         for name, layer in self.layers.items():
-            window = GradientWindow(len(layer.spiel_deltas[self.adapter]))
+            window = GradientWindow(sizes[name], is_probe=name == probe)
             self.windows[name] = window
             layer.observers[self.adapter] = window.observe
 
@@ -168,6 +211,7 @@ class Reselector:
                 self._reselect_by_momenta(layer, n)
             elif self.windows[name].num_steps > 0:
                 self._reselect_by_gradients(layer, self.windows[name], n)
+        self._check_agreement()
 
     def _reselect_by_gradients(self, layer: SpielLinear, window: GradientWindow, n: int) -> None:
         """Exchanges `n` deltas of a layer for the candidates that the window found (AG)."""
@@ -201,6 +245,15 @@ class Reselector:
         moved = change.move(layer.spiel_deltas[self.adapter].detach())
         layer.replace_support(self.adapter, change.indices, moved)
         return change
+
+
+def _config_of(model: nn.Module, adapter: str) -> SpielConfig:
+    """The adapter's configuration, which peft keeps on the tuner and on the model inside it."""
+    for module in model.modules():
+        config = vars(module).get("peft_config", {}).get(adapter)
+        if isinstance(config, SpielConfig):
+            return config
+    raise ValueError(f"the model has no SpielConfig of adapter {adapter!r}")
 
 
 def _move_state(

@@ -5,9 +5,16 @@ See `spiel.ops.reference` for what is computed.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from spiel.support import row_pointers, split_index
+
+with warnings.catch_warnings():
+    # torch says once in a process that CSR tensors are in beta; no user of SpIEL can act on it.
+    warnings.simplefilter("ignore")
+    torch.eye(1).to_sparse_csr()
 
 
 def sampled_gradient(

@@ -1,0 +1,133 @@
+"""Every backend against the dense definition, at awkward shapes."""
+
+import pytest
+import torch
+
+from spiel import ops
+from spiel.ops import blocked, reference
+from spiel.support import random_support
+
+SHAPES = [(1, 1, 1), (63, 17, 31), (1000, 5, 7), (3, 130, 65)]
+
+
+def operands(tokens, rows, cols, dtype=torch.float32):
+    torch.manual_seed(tokens)
+    return torch.randn(tokens, rows, dtype=dtype), torch.randn(tokens, cols, dtype=dtype)
+
+
+def assert_close_rms(actual, expected, ratio):
+    error = (actual.double() - expected.double()).square().mean().sqrt()
+    assert error <= ratio * expected.double().square().mean().sqrt().clamp_min(1e-30)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """A workspace of a few rows, so that small matrices span several blocks."""
+    monkeypatch.setattr(blocked, "WORKSPACE_BYTES", 2000)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("backend", sorted(ops.BACKENDS))
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_sampled_gradient_is_the_dense_one_at_the_indices(backend, shape, share, index_dtype):
+    tokens, rows, cols = shape
+    left, right = operands(*shape)
+    indices = random_support(int(rows * cols * share), rows * cols).to(index_dtype)
+    ops.backend_calls.clear()
+    with ops.use_backend(backend):
+        values = ops.sampled_gradient(left, right, indices)
+    expected = (left.double().t() @ right.double()).view(-1)[indices.long()]
+    assert values.dtype == torch.float32
+    assert values.shape == indices.shape
+    if len(indices) > 0:
+        assert_close_rms(values, expected, 1e-5)
+        assert ops.backend_calls == {backend: 1}
+
+
+@pytest.mark.parametrize("backend", sorted(ops.BACKENDS))
+def test_non_contiguous_operands_and_crowded_or_empty_rows(backend):
+    left, right = operands(50, 12, 20)
+    left, right = left.t().contiguous().t(), torch.cat([right, right], 1)[:, ::2]
+    indices = torch.cat([torch.arange(40, 60), torch.tensor([239])]).int()  # row 2 and the last
+    expected = reference.sampled_gradient(left, right, indices)
+    with ops.use_backend(backend):
+        assert_close_rms(ops.sampled_gradient(left, right, indices), expected, 1e-5)
+
+
+@pytest.mark.parametrize("backend", sorted(ops.BACKENDS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_operands_are_accumulated_in_fp32(backend, dtype):
+    left, right = operands(777, 30, 40, dtype)
+    indices = random_support(100, 1200)
+    expected = (left.double().t() @ right.double()).view(-1)[indices.long()]
+    with ops.use_backend(backend):
+        assert_close_rms(ops.sampled_gradient(left, right, indices), expected, 1e-5)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
+def test_largest_gradients(shape, share):
+    left, right = operands(*shape)
+    k = max(1, int(shape[1] * shape[2] * share))
+    indices, values = blocked.largest_gradients(left, right, k)
+    expected_indices, expected_values = reference.largest_gradients(left, right, k)
+    assert torch.equal(indices, expected_indices)
+    assert_close_rms(values, expected_values, 1e-5)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_largest_gradients_of_reduced_blocks():
+    left, right = operands(40, 33, 21)
+    seen = []
+
+    def reduce(block):
+        seen.append(block.shape[0])
+        block.mul_(torch.arange(21))  # a column of zeros first, as another rank might bring
+
+    indices, _ = blocked.largest_gradients(left, right, 30, reduce)
+    dense = (left.t() @ right).mul(torch.arange(21)).view(-1).abs()
+    assert sorted(indices.tolist()) == sorted(dense.topk(30).indices.tolist())
+    assert sum(seen) == 33
+    assert len(seen) > 1
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("k", [1, 50, 600])
+def test_largest_products_leave_out_the_excluded(k):
+    torch.manual_seed(k)
+    row, col, exclude = torch.rand(40), torch.rand(30), random_support(300, 1200)
+    found = blocked.largest_products(row, col, k, exclude)
+    assert torch.equal(found, reference.largest_products(row, col, k, exclude))
+
+
+def test_largest_products_grow_what_there_is_when_scores_are_zero():
+    row, col = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0, 0.0])
+    found = blocked.largest_products(row, col, 6, exclude=torch.tensor([0, 5]))
+    assert sorted(found.tolist()) == [1, 2, 3, 4]
+
+
+def test_no_block_is_larger_than_the_workspace():
+    for rows, cols in [(11008, 4096), (4096, 11008), (128256, 4096), (7, 3)]:
+        blocks = list(blocked.row_blocks(rows, cols))
+        assert blocks[0][0] == 0
+        assert blocks[-1][1] == rows
+        tallest = max(stop - start for start, stop in blocks)
+        assert tallest * cols * 17 <= blocked.WORKSPACE_BYTES
+
+
+def test_an_unknown_backend_is_refused():
+    with (
+        pytest.raises(ValueError, match="'cuda', must be one of blocked, reference, sampled"),
+        ops.use_backend("cuda"),
+    ):
+        pass
+
+
+def test_the_rule_takes_the_sampled_product_where_it_is_faster():
+    cpu = torch.device("cpu")
+    assert ops.choose_backend(cpu, 1000, 512 * 512) == "sampled"
+    assert ops.choose_backend(cpu, 512 * 100, 512 * 512) == "blocked"
+    assert ops.choose_backend(cpu, 10, 32 * 32) == "blocked"
