@@ -46,9 +46,12 @@ class Forecast:
         if report.step and report.num_steps:
             self._projected = self._elapsed() * report.num_steps / report.step
 
-    def end_cell(self, cell: Cell) -> None:
+    def end_cell(self, cell: Cell) -> float:
+        """Seconds that the cell took."""
+        seconds = self._elapsed()
         self.left.remove(cell)
-        self._seconds.setdefault(cell.method, []).append(self._elapsed())
+        self._seconds.setdefault(cell.method, []).append(seconds)
+        return seconds
 
     def seconds_left(self) -> float | None:
         """Seconds until the last cell ends, or None before anything is known."""
@@ -132,8 +135,8 @@ class LineProgress:
             self.say(f"{self._title}: {report}, {left} left")
 
     def end_cell(self, cell: Cell, outcome: str) -> None:
-        self.forecast.end_cell(cell)
-        self.say(f"{self._title}: {outcome}")
+        seconds = self.forecast.end_cell(cell)
+        self.say(f"{self._title}: {outcome}, in {clock(seconds)}")
 
     def _is_news(self, report: Report) -> bool:
         now = time.monotonic()
@@ -184,9 +187,9 @@ class BarProgress:
         self._show(f"{self._title}: {report.phase}", report)
 
     def end_cell(self, cell: Cell, outcome: str) -> None:
-        self.forecast.end_cell(cell)
+        seconds = self.forecast.end_cell(cell)
         self.bars.advance(self.all_cells)
-        self.say(f"{self._title}: {outcome}")
+        self.say(f"{self._title}: {outcome}, in {clock(seconds)}")
 
     def _show(self, description: str, report: Report) -> None:
         loss = "" if report.loss is None else f"loss {report.loss:.3f}"

@@ -59,7 +59,8 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
         row |= columns("step_seconds", list(seconds.values()))
         ratio = stats.paired_ratio(seconds, base_seconds)
         row[f"step_ratio_to_{BASELINE}"] = ratio.mean if ratio else None
-        row[f"step_ratio_to_{BASELINE}_ci95"] = ratio.half_width if ratio else None
+        uncertain = ratio is not None and method != BASELINE
+        row[f"step_ratio_to_{BASELINE}_ci95"] = ratio.half_width if uncertain else None
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -11,7 +11,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-from suites import record, workers
+from suites import embedded, record, workers
 from suites.plan import Cell
 from suites.progress import Progress, Report
 from suites.record import DamagedRecordError, Record
@@ -70,14 +70,15 @@ def run(cells: Sequence[Cell], out: Path, view: Progress) -> None:
     """
     view.say("loading the libraries")
     chosen = workers.context(out / "logs" / "libraries.log")
-    world = _build_world(cells[0], out, chosen, view) if cells[0].suite.world else None
+    made_up = cells[0].suite.world
+    world = None if made_up is None else _build_world(made_up, out, chosen, view)
     for cell in cells:
         view.start_cell(cell)
         status, reason = _run_one(cell, world, out, chosen, view)
         view.end_cell(cell, f"{status}: {reason}" if reason else status)
 
 
-def _build_world(cell: Cell, out: Path, chosen: BaseContext, view: Progress) -> Path:
+def _build_world(world: embedded.World, out: Path, chosen: BaseContext, view: Progress) -> Path:
     built: list[workers.Built] = []
 
     def hear(message: Any) -> None:
@@ -87,7 +88,8 @@ def _build_world(cell: Cell, out: Path, chosen: BaseContext, view: Progress) -> 
             built.append(message)
 
     log = out / "logs" / "world.log"
-    code = workers.run_child(chosen, workers.build_world, (cell.suite, log), hear)
+    arguments = (world, embedded.default_cache_dir(), log)
+    code = workers.run_child(chosen, workers.build_world, arguments, hear)
     if not built:
         raise NotReadyError(f"the embedded world was not made: {_death(code)[1]}; see {log}")
     if built[0].folder is None:

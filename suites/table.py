@@ -14,7 +14,7 @@ from suites.plan import Cell, records_folder, safe_name
 from suites.record import DamagedRecordError, Record, read
 
 MIB = 2**20
-UNMATCHED = "*"
+UNMATCHED = "†"
 
 
 def present(cells: Sequence[Cell], out: Path) -> int:
@@ -36,8 +36,13 @@ def present(cells: Sequence[Cell], out: Path) -> int:
     for title, table in tables.items():
         console.print(drawn(f"{suite.name}: {title.lower()}", table))
     for note in notes:
-        say(console, note)
-    paths = write(tables, notes, frame, out / "tables" / safe_name(suite.name), suite.description)
+        console.print(note, markup=False, highlight=False)
+    stem = out / "tables" / safe_name(suite.name)
+    try:
+        paths = write(tables, notes, frame, stem, suite.description)
+    except OSError as error:
+        say(console, f"the table cannot be written: {error}")
+        return 1
     say(console, f"records: {records_folder(suite, out, cells[0].split)}")
     say(console, f"tables:  {', '.join(str(path) for path in paths)}")
     return 0 if not problems and all(record.status == "ok" for record in records) else 1
@@ -85,7 +90,7 @@ def quality(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def cost(frame: pd.DataFrame) -> pd.DataFrame:
-    """What each method took: time, and memory in MiB."""
+    """What each method took: time by step, and memory and files in MiB."""
     rows = []
     for row in frame.to_dict("records"):
         rows.append(
@@ -93,10 +98,10 @@ def cost(frame: pd.DataFrame) -> pd.DataFrame:
                 "method": row["method"],
                 "ms/step": spread(row, "step_seconds", ".1f", 1000),
                 f"x {report.BASELINE}": spread(row, f"step_ratio_to_{report.BASELINE}", ".2f"),
-                **{
-                    f"peak {phase}": number(row[f"{phase}_peak_bytes"], ".0f", scale=1 / MIB)
+                "peak load/train/eval": " / ".join(
+                    number(row[f"{phase}_peak_bytes"], ".0f", scale=1 / MIB)
                     for phase in ("load", "train", "evaluate")
-                },
+                ),
                 "backward": number(row["saved_for_backward_bytes"], ".2f", scale=1 / MIB),
                 "optimizer": number(row["optimizer_state_bytes"], ".2f", scale=1 / MIB),
                 "artifact": number(row["artifact_bytes"], ".2f", scale=1 / MIB),
@@ -122,8 +127,8 @@ def spread(row: dict, name: str, style: str, scale: float = 1) -> str:
 def footnotes(frame: pd.DataFrame, records: Sequence[Record]) -> list[str]:
     """What must be known to read the table, and what went wrong."""
     notes = [
-        "target, retention: accuracy; peak: MiB in that phase beyond the libraries'; backward: MiB "
-        "kept for the backward pass."
+        "target, retention: accuracy. MiB: peak of a phase, beyond what the libraries hold; kept "
+        "for the backward pass; state of the optimizer; files to keep."
     ]
     asked = {record.size.num_asked for record in records if record.size and record.size.num_asked}
     budget = f"the budget of {asked.pop():,} weights" if asked else "a budget"
@@ -131,9 +136,18 @@ def footnotes(frame: pd.DataFrame, records: Sequence[Record]) -> list[str]:
         notes.append(f"{UNMATCHED} not matched to {budget}.")
     if (frame["num_ok"] == 1).any():
         notes.append("One seed has no interval; use several before any claim.")
+    notes += sorted({where(record) for record in records if record.environment})
     for row in frame.to_dict("records"):
         notes += [f"{row['method']}: {failure}" for failure in row["failures"]]
     return notes
+
+
+def where(record: Record) -> str:
+    """The machine, and the revision of the code that the record was made with."""
+    environment = record.environment
+    revision = (environment.git_revision or "unknown")[:12]
+    changed = ", changed" if environment.git_dirty else ""
+    return f"{environment.hardware}; revision {revision}{changed}."
 
 
 def write(

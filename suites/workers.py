@@ -20,10 +20,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from suites import record
+from suites import embedded, record
 from suites.plan import Cell
 from suites.progress import Report
-from suites.suite import Suite
 
 #: What every cell imports sooner or later; none of it may start threads or touch a GPU.
 PRELOADED = (
@@ -132,16 +131,15 @@ def run_cell(cell: Cell, world: Path | None, out: Path, connection: Connection) 
     connection.send(Ended(outcome.status, outcome.reason))
 
 
-def build_world(suite: Suite, log: Path, connection: Connection) -> None:
+def build_world(world: embedded.World, cache: Path, log: Path, connection: Connection) -> None:
     """What the world's child does: finds the embedded world or makes it, and says where."""
     _begin(log)
-    from suites import embedded
 
     def progress(fraction: float, text: str) -> None:
         connection.send(Report(f"embedded world: {text.split(',')[0]}", round(100 * fraction), 100))
 
     try:
-        connection.send(Built(embedded.build(suite.world, progress=progress)))
+        connection.send(Built(embedded.build(world, cache, progress)))
     except ValueError as error:
         connection.send(Built(None, str(error)))
 
