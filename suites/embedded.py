@@ -41,7 +41,7 @@ class World:
     num_choices: int = 8
     shown_fraction: float = 0.4
     #: Asked in each task of each split.
-    num_questions: int = 512
+    num_questions: int = 960
     # The base model, a Llama.
     hidden_size: int = 128
     intermediate_size: int = 336

@@ -57,12 +57,12 @@ def whereabouts(path: str) -> dict[str, bool]:
     hub is out of reach, is {"local_files_only": True}. Raises ValueError if `path` is neither a
     folder, nor cached, nor a repository that the hub lets us read.
     """
-    if Path(path).is_dir():
+    if path and Path(path).is_dir():  # Path("") is the working directory
         if not (Path(path) / "config.json").is_file():
             raise ValueError(f"{path} is a folder without config.json, so it holds no model")
         return {"local_files_only": True}
     if not HUB_ID.fullmatch(path):
-        raise ValueError(f"{path} is neither a folder nor a hub id, as owner/name")
+        raise ValueError(f"model path {path!r} is neither a folder nor a hub id, as owner/name")
 
     from huggingface_hub import HfApi, try_to_load_from_cache
 

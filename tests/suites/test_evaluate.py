@@ -1,0 +1,104 @@
+"""lm-eval in memory: its answers are the model's, its tasks are found, nothing is disturbed."""
+
+import dataclasses
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from suites.evaluate import evaluate
+from suites.models import load_model, load_tokenizer
+from suites.suite import ModelSource, Task
+
+TARGET = Task("world_target", "acc,none", "target")
+RETENTION = Task("world_retention", "acc,none", "retention")
+
+
+@pytest.fixture(scope="module")
+def loaded(world_folder):
+    source = ModelSource(str(world_folder / "model"), "float32")
+    return load_model(source, "cpu"), load_tokenizer(source)
+
+
+def questions(folder, name):
+    return [json.loads(line) for line in (folder / "data" / f"{name}.jsonl").open()]
+
+
+def own_accuracy(model, tokenizer, rows) -> list[float]:
+    """Each question by a plain forward pass: the likeliest of the choices' single tokens."""
+    correct = []
+    for row in rows:
+        ids = tokenizer(row["query"], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logits = model(ids).logits[0, -1]
+        choices = torch.tensor(tokenizer.convert_tokens_to_ids(row["choices"]))
+        correct.append(float(logits[choices].argmax().item() == row["answer"]))
+    return correct
+
+
+def test_scores_are_those_of_a_plain_forward_pass(loaded, world_folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    scores = evaluate(*loaded, [TARGET, RETENTION], str(world_folder / "tasks"), batch_size=7)
+    assert list(scores) == ["world_target", "world_retention"]
+    for name, data in (("world_target", "target_test"), ("world_retention", "retention_test")):
+        rows = questions(world_folder, data)
+        assert list(scores[name].per_item) == own_accuracy(*loaded, rows)
+        assert scores[name].value == pytest.approx(np.mean(scores[name].per_item))
+        assert scores[name].doc_ids == tuple(range(len(rows)))
+        assert scores[name].num_items == len(rows)
+
+
+def test_an_answer_built_into_the_model_scores_one(loaded, world_folder, tmp_path):
+    """Always asked for the value that the model likes best, accuracy has to be 1."""
+    folder = shutil.copytree(world_folder, tmp_path / "copy")
+    path = folder / "data" / "target_test.jsonl"
+    model, tokenizer = loaded
+    rows = questions(folder, "target_test")
+    for row in rows:
+        right = [own_accuracy(model, tokenizer, [{**row, "answer": i}])[0] for i in range(8)]
+        row["answer"] = right.index(1.0)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate(*loaded, [TARGET], str(folder / "tasks"), 64)["world_target"].value == 1.0
+
+
+def test_limit_asks_the_first_items(loaded, world_folder):
+    tasks = str(world_folder / "tasks")
+    whole = evaluate(*loaded, [TARGET], tasks, 64)["world_target"]
+    part = evaluate(*loaded, [TARGET], tasks, 64, limit=5)["world_target"]
+    assert part.per_item == whole.per_item[:5]
+
+
+def test_nothing_is_disturbed(loaded, world_folder, capfd):
+    model, tokenizer = loaded
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    evaluate(model, tokenizer, [TARGET], str(world_folder / "tasks"), 64)
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert before == after
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert capfd.readouterr().err == ""
+    model.eval()
+
+
+def test_a_metric_that_is_not_there_is_refused(loaded, world_folder):
+    task = dataclasses.replace(TARGET, metric="exact_match,none")
+    with pytest.raises(ValueError, match=r"no metric 'exact_match,none'; it has: acc,none"):
+        evaluate(*loaded, [task], str(world_folder / "tasks"), 64)
+
+
+def test_a_task_that_is_not_there_is_refused(loaded, world_folder):
+    task = dataclasses.replace(TARGET, name="world_targit")
+    with pytest.raises(ValueError, match=r"no task 'world_targit'; nearest: world_target"):
+        evaluate(*loaded, [task], str(world_folder / "tasks"), 64)
+
+
+def test_a_task_folder_that_is_not_there_is_refused(loaded, tmp_path):
+    with pytest.raises(ValueError, match="is no folder of lm-eval YAML files"):
+        evaluate(*loaded, [TARGET], str(tmp_path / "none"), 64)
