@@ -32,7 +32,7 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_sampled_gradient_is_the_dense_one_at_the_indices(backend, shape, share, index_dtype):
-    tokens, rows, cols = shape
+    _, rows, cols = shape
     left, right = operands(*shape)
     indices = random_support(int(rows * cols * share), rows * cols).to(index_dtype)
     ops.backend_calls.clear()

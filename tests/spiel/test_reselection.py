@@ -41,7 +41,7 @@ def test_rates():
 
 
 def test_training_too_short_for_a_reselection_is_refused():
-    with pytest.raises(ValueError, match="total_steps 5 is too small .* after step 5"):
+    with pytest.raises(ValueError, match=r"total_steps 5 is too small .* after step 5"):
         schedule(total_steps=5)
 
 
