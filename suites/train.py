@@ -80,6 +80,7 @@ def arguments(recipe: Recipe, seed: int, device: str, folder: str) -> TrainingAr
         max_grad_norm=recipe.max_grad_norm,
         seed=seed,
         data_seed=seed,
+        remove_unused_columns=False,  # the collator knows which fields it takes
         use_cpu=device == "cpu",
         include_num_input_tokens_seen="non_padding",
         # Every loss is logged as it is: a NaN that the Trainer averages away would go unseen.

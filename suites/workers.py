@@ -59,6 +59,9 @@ class Unwritten:
 
 def context(log: Path) -> BaseContext:
     """Starts the server process, what it prints going to `log`, or falls back to spawning."""
+    # Threads that spin while they wait make each other 10 times slower where cores are shared,
+    # and a comparison with them; OpenMP reads this once, when the libraries are loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     chosen = multiprocessing.get_context("forkserver")

@@ -1,0 +1,128 @@
+"""One cell in this process, from the world's files to its record."""
+
+import math
+
+import pytest
+import torch
+
+from suites import cell as cell_module
+from suites import record
+from suites.train import DivergedError
+from tests.suites.arena import cell, small_suite
+
+
+@pytest.fixture(scope="module")
+def run_small(world_folder):
+    def run(method, **changes):
+        reports = []
+        found = cell_module.run(cell(method, **changes), world_folder, reports.append)
+        return found, reports
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def lora(run_small):
+    return run_small("lora")
+
+
+def test_the_record_tells_everything(lora, tmp_path):
+    found, _ = lora
+    assert (found.status, found.reason) == ("ok", "")
+    assert found.size.num_trainable == found.size.num_asked
+    assert found.size.matched
+    assert found.size.saved_for_backward_bytes > 0
+    assert found.size.optimizer_state_bytes > 2 * 4 * found.size.num_trainable
+    assert found.size.artifact_bytes > 4 * found.size.num_trainable
+    assert set(found.phases) == {"load", "prepare", "train", "evaluate"}
+    assert len(found.training.losses) == len(found.training.step_seconds) == 3
+    assert found.training.num_tokens > 0
+    assert set(found.scores) == {"world_target", "world_retention"}
+    score = found.scores["world_target"]
+    assert score.value == pytest.approx(sum(score.per_item) / score.num_items)
+    assert found.environment.packages["torch"]
+    record.write(found, tmp_path / "r.json")
+    assert record.read(tmp_path / "r.json") == found
+
+
+def test_progress_is_reported(lora):
+    _, reports = lora
+    assert list(dict.fromkeys(report.phase for report in reports)) == [
+        "load",
+        "prepare",
+        "train",
+        "evaluate",
+    ]
+    steps = [report for report in reports if report.step]
+    assert [(report.step, report.num_steps) for report in steps] == [(1, 3), (2, 3), (3, 3)]
+    assert all(math.isfinite(report.loss) for report in steps)
+
+
+def test_base_does_not_train(run_small):
+    found, _ = run_small("base")
+    assert found.status == "ok"
+    assert found.training.losses == ()
+    assert "train" not in found.phases
+    assert (found.size.num_trainable, found.size.matched) == (0, False)
+
+
+def test_full_trains_every_weight_and_is_unmatched(run_small):
+    found, _ = run_small("full")
+    assert found.size.num_trainable == found.size.num_weights
+    assert (found.size.num_asked, found.size.matched) == (None, False)
+
+
+def test_dev_cells_never_touch_the_test_split(run_small):
+    found, _ = run_small("base", split="dev")
+    assert set(found.scores) == {"world_target_dev", "world_retention_dev"}
+
+
+def test_a_failure_is_in_the_record_with_what_was_done(run_small):
+    found, _ = run_small("raising")
+    assert (found.status, found.reason) == ("failed", "RuntimeError: no such luck")
+    assert "load" in found.phases
+    assert found.environment is not None
+
+
+def test_divergence_is_in_the_record(run_small):
+    found, _ = run_small("diverging")
+    assert (found.status, found.reason) == ("diverged", "the loss is nan at step 1")
+    assert len(found.training.step_seconds) == 1
+
+
+def test_a_missing_metric_is_an_error(run_small):
+    suite = small_suite()
+    tasks = tuple(
+        task if task.name != "world_target" else type(task)("world_target", "f1,none", "target")
+        for task in suite.tasks
+    )
+    found, _ = run_small("base", suite=small_suite(tasks=tasks))
+    assert found.status == "failed"
+    assert "world_target has no metric 'f1,none'" in found.reason
+    assert found.scores == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (DivergedError("the loss is inf at step 4"), "diverged"),
+        (MemoryError(), "oom"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "oom"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "oom"),
+        (KeyError("q_proj"), "failed"),
+    ],
+)
+def test_diagnosis(error, status):
+    assert cell_module.diagnose(error)[0] == status
+
+
+def test_allocating_too_much_is_oom():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert cell_module.diagnose(caught.value)[0] == "oom"
+
+
+@pytest.mark.parametrize(("met", "matched"), [(100, True), (101, True), (102, False), (98, False)])
+def test_matched_is_within_one_percent(met, matched):
+    contestant = type("Contestant", (), {"num_trainable": met})
+    assert cell_module.size(contestant, 1000, 100).matched is matched

@@ -1,0 +1,246 @@
+"""The command: what it answers to good and bad input, and that it never loses a run."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from suites import record, run, runner, workers
+from suites.embedded import default_cache_dir
+from suites.plan import override, plan
+from suites.progress import LineProgress, Report, clock
+from tests.suites.arena import BROKEN, cell, finished, small_suite
+
+
+@pytest.fixture
+def arena(monkeypatch, world_cache):
+    """The small suite and the broken methods in the command's tables, the world in the cache."""
+    monkeypatch.setitem(run.SUITES, "small", small_suite())
+    for name, entry in BROKEN.items():
+        monkeypatch.setitem(run.METHODS, name, entry)
+    monkeypatch.setenv("SPIEL_CACHE", str(world_cache))
+    assert default_cache_dir() == world_cache
+
+
+def command(*arguments, out=None):
+    options = [] if out is None else ["--out", str(out)]
+    return run.main(["small", *arguments, *options])
+
+
+BAD_INPUT = [
+    (["quikstart"], "unknown suite 'quikstart'; choose from quickstart"),
+    ([], "no suite given; choose from quickstart"),
+    (["quickstart", "--methods", "lara"], "unknown method 'lara'; choose from lora, "),
+    (["quickstart", "--methods", "lora,,base"], "unknown method ''; choose from "),
+    (["quickstart", "--seeds", "0,x"], "'x' in '0,x' is no whole number; allowed: as 0,1,2"),
+    (["quickstart", "--seeds", "0,-1"], "'-1' in '0,-1' is no whole number"),
+    (["quickstart", "--seeds", "1,1"], "'1,1' names a seed twice"),
+    (["quickstart", "--seeds", str(2**32)], "4294967296 is too large; allowed: below 2**32"),
+    (["quickstart", "--seeds", ""], "'' in '' is no whole number"),
+    (["quickstart", "--steps", "0"], "--steps: '0' is not a whole number of at least 1"),
+    (["quickstart", "--steps", "many"], "--steps: 'many' is not a whole number"),
+    (["quickstart", "--limit", "2.5"], "--limit: '2.5' is not a whole number"),
+    (["quickstart", "--limmit", "2"], "unknown argument '--limmit'; choose from --limit, "),
+    (["quickstart", "--seed", "2"], "unknown argument '--seed'; choose from --seeds, "),
+    (["quickstart", "--search", "--methods", "base"], "nothing to search: base does not train"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run.main(arguments)
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_list_names_suites_and_methods(capsys):
+    assert run.main(["--list"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("quickstart", "base", "full", "lora", "spiel"))
+
+
+@pytest.mark.parametrize("flag", ["--help", "--list"])
+def test_help_and_list_answer_at_once(flag):
+    # Seconds depend on the machine; what must not be imported does not.
+    script = (
+        "import sys\nfrom suites import run\n"
+        f"try:\n    run.main(['{flag}'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'pandas', 'scipy'} & set(sys.modules)))"
+    )
+    start = time.monotonic()
+    printed = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.splitlines()[-1] == "[]"
+    assert time.monotonic() - start < 2
+
+
+def test_unwritable_results_folder_stops_before_training(arena, tmp_path, capsys):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert command("--methods", "base", out=blocked / "results") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert f"the results folder {blocked / 'results'} cannot be written" in lines[0]
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_folder_that_takes_no_file_is_named(tmp_path, monkeypatch, code):
+    def refuse(**options):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(runner.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(runner.NotReadyError, match=os.strerror(code)):
+        runner.check_folder(tmp_path)
+
+
+def test_lack_of_disk_space_is_named(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 2**20})
+    monkeypatch.setattr(runner.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(runner.NotReadyError, match="1 MiB of disk space left, 64 MiB are needed"):
+        runner.check_folder(tmp_path)
+
+
+def test_failing_cells_leave_the_others_alone(arena, tmp_path, capsys):
+    assert command("--methods", "raising,dying,base", "--seeds", "0", out=tmp_path) == 1
+    folder = tmp_path / "records" / "small" / "world"
+    found = {path.stem: record.read(path) for path in folder.iterdir()}
+    assert {name: each.status for name, each in found.items()} == {
+        "raising-r2-s0": "failed",
+        "dying-r2-s0": "failed",
+        "base-r2-s0": "ok",
+    }
+    assert found["raising-r2-s0"].reason == "RuntimeError: no such luck"
+    assert "killed by SIGKILL" in found["dying-r2-s0"].reason
+    assert "no such luck" in (tmp_path / "logs" / "small" / "raising-r2-s0.log").read_text()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "raising: seed 0 failed: RuntimeError: no such luck" in shown
+
+
+def test_second_start_skips_what_is_finished(arena, tmp_path, capsys):
+    cells = plan(small_suite(), ["base", "lora"], [0, 1])
+    for each in cells:
+        record.write(finished(each), each.record_path(tmp_path))
+    before = [each.record_path(tmp_path).stat().st_mtime_ns for each in cells]
+    assert command("--methods", "base,lora", out=tmp_path) == 0
+    assert "4 of 4 cells are finished" in capsys.readouterr().err
+    assert [each.record_path(tmp_path).stat().st_mtime_ns for each in cells] == before
+
+
+def test_what_is_not_ok_or_not_the_same_is_run_again(tmp_path):
+    done, failed, other, missing = (cell(seed=seed) for seed in range(4))
+    record.write(finished(done), done.record_path(tmp_path))
+    failure = record.Record.of(failed, "interrupted", "", record.now())
+    record.write(failure, failed.record_path(tmp_path))
+    record.write(finished(cell("full", seed=2)), other.record_path(tmp_path))
+    assert runner.finished([done, failed, other, missing], tmp_path) == ([done], [])
+
+
+def test_damaged_record_is_named_and_run_again(arena, tmp_path, capsys):
+    damaged = cell("base").record_path(tmp_path)
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text('{"schema_version": 1, "status"')
+    assert command("--methods", "base", "--seeds", "0", out=tmp_path) == 0
+    assert f"damaged record, not counted: {damaged}" in capsys.readouterr().err
+    assert record.read(damaged).status == "ok"
+
+
+def test_full_disk_while_writing_stops_the_run(tmp_path, monkeypatch):
+    view = LineProgress(_Silent(), [cell("base")])
+    view.start_cell(cell("base"))
+
+    def child(chosen, target, arguments, hear):
+        hear(workers.Unwritten("[Errno 28] No space left on device"))
+        return 0
+
+    monkeypatch.setattr(workers, "run_child", child)
+    with pytest.raises(
+        runner.UnwrittenError, match=r"base-r2-s0\.json cannot be .* No space"
+    ):
+        runner._run_one(cell("base"), None, tmp_path, None, view)
+
+
+def test_child_that_cannot_write_says_so(tmp_path, monkeypatch, world_folder):
+    def no_space(found, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    sent = []
+    connection = type("Connection", (), {"send": staticmethod(sent.append)})
+    monkeypatch.setattr(record, "write", no_space)
+    monkeypatch.setattr(workers, "_begin", lambda log: None)
+    workers.run_cell(cell("base"), world_folder, tmp_path, connection)
+    assert isinstance(sent[-1], workers.Unwritten)
+    assert "No space left" in sent[-1].problem
+
+
+def test_ctrl_c_stops_the_child_and_leaves_the_rest_to_a_second_start(tmp_path, world_cache):
+    arguments = ["small", "--methods", "base,lora", "--seeds", "0", "--out", str(tmp_path)]
+    environment = {**os.environ, "SPIEL_CACHE": str(world_cache)}
+    script = [sys.executable, "-m", "tests.suites.arena"]
+    long = subprocess.Popen(
+        [*script, *arguments, "--steps", "100000"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in long.stderr:
+        if "lora seed 0: train" in line:
+            break
+    family = psutil.Process(long.pid).children(recursive=True)
+    long.send_signal(signal.SIGINT)
+    assert long.wait(timeout=15) == 130
+    assert "the same command continues" in long.stderr.read()
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert alive == []
+    folder = tmp_path / "records" / "small-steps100000" / "world"
+    statuses = {path.stem: record.read(path).status for path in folder.iterdir()}
+    assert statuses == {"base-r2-s0": "ok", "lora-r2-s0": "interrupted"}
+    assert not list(folder.glob(".*"))
+    cells = plan(override(small_suite(), steps=100000), ["base", "lora"], [0])
+    assert runner.finished(cells, tmp_path) == (cells[:1], [])
+
+
+def test_interruption_keeps_a_finished_record(tmp_path):
+    before = finished(cell())
+    record.write(before, cell().record_path(tmp_path))
+    runner._note_interruption(cell(), tmp_path, record.now())
+    assert record.read(cell().record_path(tmp_path)) == before
+
+
+def test_death_is_called_out_of_memory_only_where_that_is_known():
+    assert runner._death(-signal.SIGKILL)[0] == "failed"
+    assert runner._death(-signal.SIGKILL, short_of_memory=True)[0] == "oom"
+    assert runner._death(3) == ("failed", "its process ended with exit code 3")
+
+
+def test_lines_tell_phase_step_loss_and_time_left():
+    console = _Silent()
+    view = LineProgress(console, [cell("base"), cell()], every_seconds=0)
+    view.start_cell(cell("base"))
+    view.end_cell(cell("base"), "ok")
+    view.start_cell(cell())
+    view.hear(Report("train", 2, 4, 1.25))
+    assert console.lines[0].startswith("[1/2] base seed 0: ok")
+    assert console.lines[1].startswith("[2/2] lora seed 0: train 2/4, loss 1.250, 0:00 left")
+
+
+def test_clock():
+    assert [clock(s) for s in (None, 5, 65, 3725)] == ["-", "0:05", "1:05", "1:02:05"]
+
+
+class _Silent:
+    """A console that keeps its lines."""
+
+    def __init__(self):
+        self.lines = []
+
+    def print(self, text, **options):
+        self.lines.append(text)
