@@ -47,11 +47,11 @@ class World:
     intermediate_size: int = 336
     num_layers: int = 4
     num_heads: int = 4
-    initializer_range: float = 0.08
+    initializer_range: float = 0.05
     # Its pretraining: AdamW, cosine schedule; a batch is of entities, with all their relations.
     pretraining_steps: int = 300
     pretraining_batch_size: int = 64
-    pretraining_lr: float = 3e-3
+    pretraining_lr: float = 2e-3
     pretraining_weight_decay: float = 0.1
 
     def __post_init__(self) -> None:
