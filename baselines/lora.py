@@ -38,9 +38,10 @@ class Lora:
 
 def solve_rank(model: torch.nn.Module, budget: Any) -> int:
     """The rank whose r x sum(in + out) over the targeted linears is nearest to the budget."""
+    num_weights = budget.num_weights(model)  # raises where there are no targets
     sides = sum(
         module.in_features + module.out_features
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name.split(".")[-1] in budget.target_modules
     )
-    return max(1, round(budget.num_weights(model) / sides))
+    return max(1, round(num_weights / sides))

@@ -1,0 +1,158 @@
+"""From records to the table: what it says, what it refuses, and that it fits a terminal."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+
+from suites import record, report, search, table
+from suites.record import Record
+from suites.suite import Tuning
+from tests.suites.arena import ENVIRONMENT, cell, finished
+
+
+def three_seeds(method, targets, **changes):
+    return [
+        finished(cell(method, seed=seed), target=target, **changes)
+        for seed, target in enumerate(targets)
+    ]
+
+
+def failed(method, seed, reason="the loss is nan at step 3"):
+    return Record.of(cell(method, seed=seed), "diverged", reason, record.now())
+
+
+def row_of(frame, method):
+    return frame[frame["method"] == method].iloc[0]
+
+
+def test_means_intervals_and_paired_ratio():
+    lora = [finished(cell(seed=seed), seconds=0.1 * (seed + 1)) for seed in range(3)]
+    spiel = [
+        finished(cell("spiel", seed=seed), target=0.1 * (seed + 1), seconds=0.15 * (seed + 1))
+        for seed in range(3)
+    ]
+    row = row_of(report.frame(lora + spiel), "spiel")
+    assert row["target"] == pytest.approx(0.2)
+    assert row["target_ci95"] == pytest.approx(0.24842, abs=1e-4)
+    assert row["step_seconds"] == pytest.approx(0.3)
+    assert row["step_ratio_to_lora"] == pytest.approx(1.5)
+    assert row["step_ratio_to_lora_ci95"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_first_step_is_left_out_and_the_rest_charged():
+    found = finished(cell())
+    steps = (9.0, 0.1, 0.3)
+    training = dataclasses.replace(found.training, step_seconds=steps)
+    assert report.step_seconds(dataclasses.replace(found, training=training)) == pytest.approx(0.2)
+
+
+def test_without_lora_there_is_no_ratio():
+    assert pd.isna(row_of(report.frame([finished(cell("spiel"))]), "spiel")["step_ratio_to_lora"])
+
+
+def test_failed_cells_are_told_and_not_averaged():
+    frame = report.frame([finished(cell(), target=0.8), failed("lora", 1)])
+    row = row_of(frame, "lora")
+    assert (row["num_ok"], row["num_seeds"], row["target"]) == (1, 2, 0.8)
+    assert row["failures"] == ["seed 1 diverged: the loss is nan at step 3"]
+    assert pd.isna(row["target_ci95"])
+
+
+def test_other_suites_hardware_or_worlds_do_not_mix():
+    here = finished(cell())
+    gpu = dataclasses.replace(ENVIRONMENT, gpus=("A GPU",), device="cuda:0")
+    for other, what in [
+        (finished(cell("spiel"), environment=gpu), "hardware"),
+        (finished(cell("spiel"), world="world-2"), "embedded world"),
+        (dataclasses.replace(finished(cell("spiel")), suite_hash="f00"), "suite hash"),
+    ]:
+        with pytest.raises(report.MixedRecordsError, match=f"{what} .*lora seed 0.*spiel seed 0"):
+            report.frame([here, other])
+
+
+def test_marks_and_notes():
+    records = [finished(cell("full")), finished(cell("spiel"), num_trainable=90), finished(cell())]
+    frame = report.frame(records)
+    weights = dict(zip(frame["method"], table.quality(frame)["weights"], strict=True))
+    assert weights == {"full": "100†", "spiel": "90†", "lora": "100"}
+    notes = table.footnotes(frame, records)
+    assert "† not matched to the budget of 100 weights." in notes
+    assert any("One seed has no interval" in note for note in notes)
+    assert any("A CPU, 2 threads" in note and "0123456789ab" in note for note in notes)
+
+
+def write_all(records, cells, out):
+    for each, of in zip(records, cells, strict=True):
+        record.write(each, of.record_path(out))
+
+
+def test_table_is_printed_within_100_columns_and_written(tmp_path, capsys):
+    cells = [cell(method, seed=seed) for method in ("base", "full", "lora") for seed in range(3)]
+    records = [
+        finished(c, target=0.1 * c.seed, seconds=1.5 + c.seed, num_trainable=123_456_789)
+        for c in cells
+    ]
+    write_all(records, cells, tmp_path)
+    table.present(cells, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    drawn = [line for line in lines if line.startswith(("│", "┃"))]
+    assert drawn
+    assert max(len(line) for line in drawn) <= 100
+    assert not any("…" in line for line in drawn)
+    assert str(tmp_path / "records" / "small" / "world") in lines[-2]
+    markdown = (tmp_path / "tables" / "small.md").read_text()
+    assert "| lora " in markdown
+    csv = pd.read_csv(tmp_path / "tables" / "small.csv")
+    assert list(csv["method"]) == ["base", "full", "lora"]
+    assert csv["target"].tolist() == pytest.approx([0.1] * 3)
+
+
+def test_exit_status_follows_the_cells(tmp_path, capsys):
+    cells = [cell(seed=0), cell(seed=1)]
+    write_all([finished(cells[0]), finished(cells[1])], cells, tmp_path)
+    assert table.present(cells, tmp_path) == 0
+    record.write(failed("lora", 1), cells[1].record_path(tmp_path))
+    assert table.present(cells, tmp_path) == 1
+    cells[1].record_path(tmp_path).write_text("{")
+    capsys.readouterr()
+    assert table.present(cells, tmp_path) == 1
+    assert f"not counted: {cells[1].record_path(tmp_path)}" in capsys.readouterr().out
+
+
+def test_table_that_cannot_be_written_is_said(tmp_path, capsys):
+    record.write(finished(cell()), cell().record_path(tmp_path))
+    (tmp_path / "tables").write_text("a file in the way")
+    assert table.present([cell()], tmp_path) == 1
+    assert "the table cannot be written" in capsys.readouterr().out
+
+
+def trial(lr, seed, target, method="lora"):
+    of = dataclasses.replace(cell(method, seed=seed, split="dev"), tuning=Tuning(lr))
+    return of, finished(of, target=target)
+
+
+def test_search_picks_the_best_mean_and_flags_an_edge():
+    trials = [
+        trial(lr, seed, target)
+        for lr, target in [(1e-4, 0.2), (1e-3, 0.6), (1e-2, 0.5)]
+        for seed in (0, 1)
+    ]
+    trials += [trial(lr, 0, target, "full") for lr, target in [(1e-4, 0.9), (1e-3, 0.1)]]
+    found = search.curves([found for _, found in trials])
+    picked = found[found["picked"]]
+    assert list(zip(picked["method"], picked["lr"], picked["at_edge"], strict=True)) == [
+        ("lora", 1e-3, False),
+        ("full", 1e-4, True),
+    ]
+    assert "picked, at the edge of its grid" in set(search.words(found)[""])
+
+
+def test_search_writes_its_curves(tmp_path, capsys):
+    trials = [trial(lr, seed, 0.5) for lr in (1e-4, 1e-3) for seed in (0, 1)]
+    for of, found in trials:
+        record.write(found, of.record_path(tmp_path))
+    assert search.present([of for of, _ in trials], tmp_path) == 0
+    curves = pd.read_csv(tmp_path / "grids" / "small.csv")
+    assert curves["num_seeds"].tolist() == [2, 2]
+    assert "dev target" in capsys.readouterr().out

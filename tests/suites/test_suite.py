@@ -1,0 +1,90 @@
+"""Suites are checked when made, and their hash says what may be compared."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from suites.catalog import SUITES
+from suites.methods import METHODS
+from suites.suite import (
+    Budget,
+    DataSource,
+    ModelSource,
+    Recipe,
+    Task,
+    Tuning,
+    placed,
+)
+from tests.suites.arena import small_suite
+
+
+def test_hash_follows_what_must_be_shared():
+    suite = small_suite()
+    recipe = dataclasses.replace(suite.recipe, batch_size=5)
+    assert dataclasses.replace(suite, recipe=recipe).hash != suite.hash
+    world = dataclasses.replace(suite.world, seed=9)
+    assert dataclasses.replace(suite, world=world).hash != suite.hash
+
+
+def test_hash_ignores_what_is_the_cells_own():
+    suite = small_suite()
+    other = dataclasses.replace(suite, seeds=(5,), tunings={}, grids={}, description="else")
+    assert other.hash == suite.hash
+
+
+def test_placed_puts_world_paths_into_the_folder_and_no_others():
+    suite = dataclasses.replace(small_suite(), data=DataSource("mine.jsonl"))
+    found = placed(suite, Path("/w"))
+    assert (found.model.path, found.data.path) == ("/w/model", "mine.jsonl")
+    assert found.task_folder == "/w/tasks"
+
+
+def test_budget_is_rank_times_the_sides_of_its_targets():
+    model = torch.nn.ModuleDict(
+        {"q_proj": torch.nn.Linear(3, 5), "lm_head": torch.nn.Linear(3, 100)}
+    )
+    assert Budget(4, ("q_proj",)).num_weights(model) == 4 * (3 + 5)
+    with pytest.raises(ValueError, match="none of the targeted modules: k_proj"):
+        Budget(4, ("k_proj",)).num_weights(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ModelSource("m", dtype="int3"), "'int3' is not one of float32, bfloat16"),
+        (lambda: DataSource("d", max_length=0), "max_length must be positive, got 0"),
+        (lambda: Task("t", "acc,none", "goal"), "role 'goal' is unknown"),
+        (lambda: Task("t", "acc,none", "target", split="train"), "'train' is not one of dev, test"),
+        (lambda: Recipe(num_steps=0, batch_size=1), "num_steps must be positive, got 0"),
+        (lambda: Recipe(1, 1, warmup_ratio=1.0), r"warmup_ratio 1.0 is not in \[0, 1\)"),
+        (lambda: Budget(0, ("q_proj",)), "lora_rank must be positive, got 0"),
+        (lambda: Budget(1, ()), "target_modules is empty"),
+        (lambda: Tuning(lr=0.0), "lr must be positive, got 0.0"),
+        (lambda: small_suite(tasks=()), "no target task"),
+        (lambda: small_suite(seeds=()), "no seeds"),
+        (lambda: small_suite(limit=0), "limit must be positive, got 0"),
+        (lambda: small_suite(eval_batch_size=0), "eval_batch_size must be positive, got 0"),
+    ],
+)
+def test_bad_values_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
+def test_every_suite_tunes_what_it_has_on_both_splits(suite):
+    assert {task.role for task in suite.tasks_of("dev")} == {"target", "retention"}
+    assert {task.role for task in suite.tasks_of("test")} == {"target", "retention"}
+    assert set(suite.tunings) <= set(METHODS)
+    for method, grid in suite.grids.items():
+        assert suite.tunings[method] in grid
+    assert len({len(grid) for grid in suite.grids.values()}) == 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_entry_names_every_field_of_its_method(name):
+    entry = METHODS[name]
+    method = entry.load()
+    assert {field.name for field in dataclasses.fields(method)} == set(entry.options)

@@ -1,0 +1,94 @@
+"""The arrows between the packages, read from the source: suites -> spiel, baselines."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("spiel", "baselines", "suites")
+ALLOWED = {"spiel": {"spiel"}, "baselines": {"baselines"}, "suites": set(PACKAGES)}
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+
+
+def imported(tree, at_import_time):
+    """Names that `tree` imports from our packages; with `at_import_time`, at module level only.
+
+    What a function imports runs later, and what stands under TYPE_CHECKING never does.
+    """
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            submodules = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (name if name in MODULES else node.module for name in submodules)
+        elif not (at_import_time and _is_deferred(node)):
+            yield from imported(node, at_import_time)
+
+
+def _is_deferred(node):
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return True
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def ours(path, at_import_time=False):
+    names = imported(ast.parse(path.read_text()), at_import_time)
+    return {name for name in names if name.split(".")[0] in PACKAGES}
+
+
+def find_cycle(graph):
+    """Modules that import one another in a circle, or None."""
+    state = {}
+
+    def visit(module, path):
+        state[module] = "open"
+        for other in sorted(graph[module]):
+            if state.get(other) == "open":
+                return [*path[path.index(other) :], other]
+            if other not in state and (found := visit(other, [*path, other])):
+                return found
+        state[module] = "done"
+        return None
+
+    return next(
+        (found for module in graph if module not in state if (found := visit(module, [module]))),
+        None,
+    )
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_arrows(package):
+    for name, path in MODULES.items():
+        if name.split(".")[0] == package:
+            reached = {other.split(".")[0] for other in ours(path)}
+            assert reached <= ALLOWED[package], f"{name} imports {reached - ALLOWED[package]}"
+
+
+def test_no_cycles():
+    graph = {
+        name: (ours(path, at_import_time=True) & set(MODULES)) - {name}
+        for name, path in MODULES.items()
+    }
+    assert len(graph) > 10
+    assert find_cycle(graph) is None
+
+
+def test_a_cycle_would_be_found():
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+
+
+def test_imports_are_seen(tmp_path):
+    source = "import suites.run\nif 1:\n    from spiel import ops\ndef f():\n    import baselines\n"
+    tree = ast.parse(source)
+    assert set(imported(tree, False)) == {"suites.run", "spiel.ops", "baselines"}
+    assert "baselines" not in set(imported(tree, True))
