@@ -1,5 +1,10 @@
 """What several packages' tests share: one small embedded world, made once."""
 
+import os
+
+# Threads cost tiny models more than they save, a great deal more when other work shares the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 from suites.embedded import World, build

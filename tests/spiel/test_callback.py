@@ -1,0 +1,112 @@
+"""SpIEL inside transformers' Trainer: it trains, and it survives being killed."""
+
+import peft
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import spiel
+
+STEPS = 14
+
+
+class Tokens(Dataset):
+    """Sentences whose next token is always the last one plus three."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, item):
+        tokens = (torch.arange(8) * 3 + item) % 40
+        return {"input_ids": tokens, "labels": tokens}
+
+
+class Killed(Exception):  # noqa: N818 (it stands for a signal)
+    pass
+
+
+class Kill(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+def make_trainer(folder, growth="ag", kill_at=None, **changes):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        attention_dropout=0.1,
+    )
+    spiel_config = spiel.SpielConfig(
+        growth=growth,
+        num_tunable_weights=1000,
+        reselection_steps=5,
+        selection_accumulation_steps=3,
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(LlamaForCausalLM(config), spiel_config)
+    arguments = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "save_steps": 1,
+        "logging_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "max_grad_norm": 0.5,
+        "gradient_accumulation_steps": 2,
+    }
+    optimizer = {"ag": spiel.SpielAdamW, "ma": spiel.SpielSM3}[growth](model, lr=0.02)
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**{**arguments, **changes}),
+        train_dataset=Tokens(),
+        callbacks=[spiel.SpielCallback(), Kill(kill_at)],
+        optimizers=(optimizer, None),
+    )
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture(scope="module", params=["ag", "ma"])
+def unbroken(request, tmp_path_factory):
+    trainer = make_trainer(tmp_path_factory.mktemp("run"), request.param, save_strategy="no")
+    trainer.train()
+    return request.param, losses(trainer), spiel.get_deltas(trainer.model)
+
+
+@pytest.mark.parametrize(
+    "kill_at", [2, 3, 6, 8]
+)  # in the first window, at its end, between, in one
+def test_a_killed_run_goes_on_as_if_it_never_stopped(unbroken, kill_at, tmp_path):
+    growth, expected_losses, expected = unbroken
+    with pytest.raises(Killed):
+        make_trainer(tmp_path, growth, kill_at).train()
+    trainer = make_trainer(tmp_path, growth)
+    trainer.train(resume_from_checkpoint=True)
+    assert losses(trainer) == expected_losses
+    for name, (indices, values) in spiel.get_deltas(trainer.model).items():
+        assert torch.equal(indices, expected[name][0])
+        assert torch.equal(values, expected[name][1])
+
+
+def test_resuming_without_the_state_of_the_reselection_is_refused(tmp_path):
+    with pytest.raises(Killed):
+        make_trainer(tmp_path, kill_at=4).train()
+    checkpoint = tmp_path / "checkpoint-4" / "optimizer.pt"
+    state = torch.load(checkpoint, weights_only=True)
+    del state["reselector"]
+    torch.save(state, checkpoint)
+    with pytest.raises(ValueError, match=r"resumes at step 4, but .* is of step 0"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
