@@ -1,0 +1,60 @@
+"""One rank of test_distributed: trains a small Llama and writes its deltas. Run by torchrun."""
+
+import sys
+from pathlib import Path
+
+import peft
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import spiel
+
+STEPS, SIZE = 12, 8
+
+
+def deltas_after_training(growth, rank, world_size):
+    """The deltas after `STEPS` steps on this rank's share of every batch."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.1,
+    )
+    base = LlamaForCausalLM(config)
+    torch.manual_seed(rank)  # ranks draw different supports, and must agree all the same
+    adapter = spiel.SpielConfig(
+        growth=growth,
+        num_tunable_weights=1000,
+        reselection_steps=5,
+        selection_accumulation_steps=3,
+    )
+    model = peft.get_peft_model(base, adapter).train()
+    forward = model
+    if world_size > 1:
+        forward = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = {"ag": spiel.SpielAdamW, "ma": spiel.SpielSM3}[growth](model, lr=0.01)
+    reselector = spiel.Reselector(forward, optimizer, STEPS)
+    batches = torch.randint(40, (STEPS, SIZE, 8), generator=torch.Generator().manual_seed(1))
+    for batch in batches:
+        input_ids = batch.chunk(world_size)[rank]
+        forward(input_ids=input_ids, labels=input_ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        reselector.step()
+    return spiel.get_deltas(model)
+
+
+def main():
+    growth, folder = sys.argv[1], Path(sys.argv[2])
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.save(deltas_after_training(growth, rank, dist.get_world_size()), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
