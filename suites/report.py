@@ -85,15 +85,19 @@ def _step_seconds_by_seed(records: Iterable[Record], method: str) -> dict[int, f
 
 
 def _quality(ok: Sequence[Record]) -> dict[str, Any]:
-    row: dict[str, Any] = {"matched": False}
+    names = ("num_trainable", "trainable_percent", "num_asked", "lr", "weight_decay", "backend")
+    row: dict[str, Any] = {"matched": False, **dict.fromkeys(names)}
     if ok:
         size, tuning = ok[0].size, ok[0].tuning or {}
-        row["num_trainable"] = size.num_trainable
-        row["trainable_percent"] = 100 * size.num_trainable / size.num_weights
-        row["num_asked"] = size.num_asked
-        row["matched"] = all(record.size.matched for record in ok)
-        row["lr"], row["weight_decay"] = tuning.get("lr"), tuning.get("weight_decay")
-        row["backend"] = ok[0].backend
+        row |= {
+            "num_trainable": size.num_trainable,
+            "trainable_percent": 100 * size.num_trainable / size.num_weights,
+            "num_asked": size.num_asked,
+            "matched": all(record.size.matched for record in ok),
+            "lr": tuning.get("lr"),
+            "weight_decay": tuning.get("weight_decay"),
+            "backend": ok[0].backend,
+        }
     for role in ("target", "retention"):
         row |= columns(role, accuracies(ok, role))
     return row

@@ -120,6 +120,12 @@ def test_exit_status_follows_the_cells(tmp_path, capsys):
     assert f"not counted: {cells[1].record_path(tmp_path)}" in capsys.readouterr().out
 
 
+def test_table_of_failures_alone_tells_them(tmp_path, capsys):
+    record.write(failed("lora", 0), cell().record_path(tmp_path))
+    assert table.present([cell()], tmp_path) == 1
+    assert "lora: seed 0 diverged: the loss is nan at step 3" in capsys.readouterr().out
+
+
 def test_table_that_cannot_be_written_is_said(tmp_path, capsys):
     record.write(finished(cell()), cell().record_path(tmp_path))
     (tmp_path / "tables").write_text("a file in the way")
