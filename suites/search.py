@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from suites import stats
 from suites.plan import Cell, records_folder, safe_name
 from suites.record import Record
 from suites.report import MixedRecordsError, accuracies, columns, require_comparable
@@ -45,16 +46,19 @@ def present(cells: Sequence[Cell], out: Path) -> int:
 def curves(records: Sequence[Record]) -> pd.DataFrame:
     """One row a method and tuning: target and retention over the seeds, and whether it is picked.
 
-    Picked is the method's highest mean target. `at_edge` says that its grid of learning rates
-    ends there, so that a better one may lie outside.
+    Picked is the smallest learning rate whose mean target is within one standard error of the
+    method's best (the one-standard-error rule: Breiman et al., 1984, section 3.4.3): of values
+    that dev cannot tell apart, the one that changes the model least. `at_edge` says that the
+    method's grid of learning rates ends there, so that a better one may lie outside.
     """
     groups: dict[tuple[str, float, float], list[Record]] = {}
     for record in records:
         key = (record.method_name, record.tuning["lr"], record.tuning["weight_decay"])
         groups.setdefault(key, []).append(record)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"method": method, "lr": lr, "weight_decay": weight_decay, "num_seeds": len(own)}
         | columns("target", accuracies(own, "target"))
+        | {"target_se": stats.estimate(accuracies(own, "target")).standard_error}
         | columns("retention", accuracies(own, "retention"))
         for (method, lr, weight_decay), own in groups.items()
     ]
@@ -66,9 +70,17 @@ def verdict(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, bo
     own = [other for other in rows if other["method"] == row["method"]]
     rates = [other["lr"] for other in own]
     return {
-        "picked": row is max(own, key=lambda other: other["target"]),
+        "picked": row is pick(own),
         "at_edge": row["lr"] in (min(rates), max(rates)),
     }
+
+
+def pick(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of one method's rows the one to train with."""
+    best = max(rows, key=lambda row: row["target"])
+    floor = best["target"] - (best["target_se"] or 0.0)
+    close = [row for row in rows if row["target"] >= floor]
+    return min(close, key=lambda row: (row["lr"], -row["target"]))
 
 
 def words(found: pd.DataFrame) -> pd.DataFrame:

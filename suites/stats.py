@@ -10,11 +10,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `num` values, and half the width of its interval: None for fewer than two."""
+    """A mean over `num` values, and half the width of its interval: None for fewer than two.
+
+    So is the standard error of the mean.
+    """
 
     mean: float
     half_width: float | None
     num: int
+    standard_error: float | None = None
 
 
 def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
@@ -30,7 +34,8 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     from scipy.stats import t
 
     error = statistics.stdev(values) / math.sqrt(num)
-    return Estimate(mean, float(t.ppf((1 + confidence) / 2, num - 1)) * error, num)
+    half_width = float(t.ppf((1 + confidence) / 2, num - 1)) * error
+    return Estimate(mean, half_width, num, error)
 
 
 def paired_ratio(

@@ -162,3 +162,15 @@ def test_search_writes_its_curves(tmp_path, capsys):
     curves = pd.read_csv(tmp_path / "grids" / "small.csv")
     assert curves["num_seeds"].tolist() == [2, 2]
     assert "dev target" in capsys.readouterr().out
+
+
+def test_search_picks_the_smallest_rate_that_dev_cannot_tell_from_the_best():
+    targets = {1e-4: (0.50, 0.50), 1e-3: (0.69, 0.71), 1e-2: (0.65, 0.77)}
+    trials = [
+        trial(lr, seed, target)[1]
+        for lr, pair in targets.items()
+        for seed, target in enumerate(pair)
+    ]
+    found = search.curves(trials)
+    assert found["lr"][found["target"].idxmax()] == 1e-2
+    assert found["lr"][found["picked"]].tolist() == [1e-3]
