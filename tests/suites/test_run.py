@@ -162,9 +162,7 @@ def test_full_disk_while_writing_stops_the_run(tmp_path, monkeypatch):
         return 0
 
     monkeypatch.setattr(workers, "run_child", child)
-    with pytest.raises(
-        runner.UnwrittenError, match=r"base-r2-s0\.json cannot be .* No space"
-    ):
+    with pytest.raises(runner.UnwrittenError, match=r"base-r2-s0\.json cannot be .* No space"):
         runner._run_one(cell("base"), None, tmp_path, None, view)
 
 
