@@ -85,12 +85,12 @@ def pick(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def words(found: pd.DataFrame) -> pd.DataFrame:
     """The curves as printed."""
-    marks = {(True, True): "picked, at the edge of its grid", (True, False): "picked"}
+    marks = {(True, True): "picked, at edge", (True, False): "picked"}
     return pd.DataFrame(
         {
             "method": row["method"],
             "lr": f"{row['lr']:g}",
-            "weight decay": f"{row['weight_decay']:g}",
+            "decay": f"{row['weight_decay']:g}",
             "seeds": str(row["num_seeds"]),
             "dev target ± 95 %": spread(row, "target", ".3f"),
             "dev retention ± 95 %": spread(row, "retention", ".3f"),

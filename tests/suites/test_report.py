@@ -151,7 +151,7 @@ def test_search_picks_the_best_mean_and_flags_an_edge():
         ("lora", 1e-3, False),
         ("full", 1e-4, True),
     ]
-    assert "picked, at the edge of its grid" in set(search.words(found)[""])
+    assert "picked, at edge" in set(search.words(found)[""])
 
 
 def test_search_writes_its_curves(tmp_path, capsys):
