@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft.config import PeftConfig
 
@@ -83,6 +84,8 @@ class SpielConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type()
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            self.target_modules = "all-linear"
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -92,6 +95,12 @@ class SpielConfig(PeftConfig):
         _one_of("delta_dtype", self.delta_dtype, DELTA_DTYPES)
         self._check_budget()
         self._check_schedule()
+        self._check_layers()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them, in the same order every time."""
+        fields = super().to_dict()
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
 
     def _check_budget(self) -> None:
         if self.density is not None and not 0 < self.density <= 1:
@@ -113,4 +122,14 @@ class SpielConfig(PeftConfig):
         if not 0 <= self.initial_reselection_rate <= 1:
             raise ValueError(
                 f"initial_reselection_rate must be in [0, 1], got {self.initial_reselection_rate}"
+            )
+
+    def _check_layers(self) -> None:
+        if self.layers_to_transform is None:
+            if self.layers_pattern is not None:
+                raise ValueError("layers_pattern has no meaning without layers_to_transform")
+        elif isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            raise ValueError(
+                "layers_to_transform cannot narrow a regex: write the layers into target_modules, "
+                f"which is {self.target_modules!r}"
             )

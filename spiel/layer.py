@@ -1,16 +1,13 @@
 """SpielLinear: a frozen linear layer whose active entries hold the pretrained weight plus a delta.
 
-Live weights: while an adapter is active, entry i of its support holds round(W0[i] + delta[i]) in
-the base weight itself, so the forward pass is the base layer's own. The fp32 deltas are the master
-copy; the weight is rewritten from them, never accumulated into. The k original entries are kept,
-so that the pretrained weight can be put back bit for bit.
+The weights are live: see `spiel.live`. Backward forms the gradient of the deltas only, from the
+layer's input, which is all that autograd keeps.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +15,12 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from spiel import ops
+from spiel.live import LiveEntries
 from spiel.support import check_support, index_dtype, random_support
 
 #: Called in backward with left [tokens, rows] and right [tokens, cols], of which left.T @ right is
@@ -32,38 +31,51 @@ Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 #: Beside the Parameters, not on them: a Parameter with a layer attached could not be pickled.
 _LAYERS = WeakIdKeyDictionary()
 
-
-@dataclass
-class _Live:
-    """What one adapter has written into the weight: where, and what stood there before."""
-
-    indices: torch.Tensor  # the support's own tensor, not a copy
-    version: int  # of that tensor, to notice that somebody wrote into it
-    originals: torch.Tensor  # [k], dtype of the weight
+#: Dtypes of weights that SpIEL can adapt; in narrower ones deltas would round away.
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Tap(torch.autograd.Function):
-    """Lets the base layer's output pass, and forms the gradient of the deltas going backward."""
+    """Lets the base layer's output pass, and forms the gradients of the deltas going backward."""
 
     @staticmethod
     def forward(
         ctx: Any,
         out: torch.Tensor,
         x: torch.Tensor,
-        deltas: torch.Tensor,
         layer: SpielLinear,
-        adapter: str,
+        adapters: tuple[str, ...],
+        *deltas: torch.Tensor,
     ) -> torch.Tensor:
         ctx.mark_dirty(out)  # the same tensor with a new history: nothing is copied or viewed
-        ctx.save_for_backward(x)
-        ctx.layer, ctx.adapter = layer, adapter
+        ctx.layer, ctx.adapters = layer, adapters
+        if any(ctx.needs_input_grad[4:]):
+            ctx.save_for_backward(x)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        return grad_out, None, ctx.layer.delta_gradient(ctx.adapter, x, grad_out), None, None
+        # The base layer's backward comes next and reads the weight, which since the forward pass
+        # may have been given to other adapters or been put back.
+        if ctx.layer.live_adapters != ctx.adapters:
+            ctx.layer.make_live(ctx.adapters)
+        gradients = [
+            ctx.layer.delta_gradient(adapter, *ctx.saved_tensors, grad_out) if needed else None
+            for adapter, needed in zip(ctx.adapters, ctx.needs_input_grad[4:], strict=True)
+        ]
+        return grad_out, None, None, None, *gradients
+
+
+class _Deltas(nn.ParameterDict):
+    """Adapter -> deltas. A cast of the model leaves their dtype alone: they are the master copy."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
 
 class SpielLinear(nn.Module, BaseTunerLayer):
@@ -87,14 +99,13 @@ class SpielLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = self.shape[::-1]
         if isinstance(base_layer, Conv1D):
             self.in_features, self.out_features = self.shape
-        self.spiel_deltas = nn.ParameterDict()
+        self.spiel_deltas = _Deltas()
         self.spiel_indices = BufferDict(persistent=True)
         self.observers: dict[str, Observer] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._live: dict[str, _Live] = {}
+        self._live: LiveEntries | None = None
         self.register_state_dict_pre_hook(_put_back_before_saving)
-        self.register_load_state_dict_post_hook(_check_loaded)
 
     # -- adapters ---------------------------------------------------------------------------
 
@@ -163,80 +174,67 @@ class SpielLinear(nn.Module, BaseTunerLayer):
             return []
         return [name for name in self.active_adapters if name in self.spiel_deltas]
 
-    def make_live(self) -> None:
-        """Brings the weight up to date with the active adapters' deltas.
+    def make_live(self, adapters: Sequence[str] | None = None) -> None:
+        """Brings the weight up to date with the deltas of `adapters` (None: the active ones).
 
         Nothing is cached between calls: an optimizer may have changed the deltas by any means.
         """
-        if self.merged:
-            return
-        wanted = self._wanted()
-        if list(self._live) != wanted:
+        if not self.merged and self._hold(self._wanted() if adapters is None else adapters):
+            assert self._live is not None
+            self._live.write(self.spiel_deltas)
+
+    def _hold(self, adapters: Sequence[str]) -> bool:
+        """Makes the weight ready to be written to by `adapters`; False if there are none."""
+        supports = {name: self.spiel_indices[name] for name in adapters}
+        if self._live is None or not self._live.is_of(self._weight, supports):
+            if self._weight.is_meta and not all(i.is_meta for i in supports.values()):
+                raise RuntimeError(
+                    f"{self.name}: the weight is offloaded (meta device), so deltas cannot be put "
+                    "into it; load the model without offloading"
+                )
             self.put_back()
-            self._remember(wanted)
-        self._write()
+            self._live = LiveEntries(self._weight, supports) if supports else None
+        return self._live is not None
+
+    @property
+    def live_adapters(self) -> tuple[str, ...]:
+        """The adapters whose deltas are in the weight now, merged ones included."""
+        return () if self._live is None else tuple(self._live.supports)
 
     def put_back(self) -> None:
         """Restores the pretrained weight, bit for bit."""
-        for name, live in self._live.items():
-            if live.indices._version != live.version:
-                raise RuntimeError(
-                    f"{self.name}: the indices of adapter {name!r} were written into while its "
-                    "deltas were in the weight; use spiel.set_support to change a support"
-                )
-            self._set_entries(live.indices, live.originals)
-        self._live = {}
-
-    def _remember(self, adapters: list[str]) -> None:
-        """Keeps the pretrained entries at the supports of `adapters`; the weight is pristine."""
-        flat = self._weight.detach()
-        for name in adapters:
-            indices = self.spiel_indices[name]
-            originals = flat.take(indices.long())
-            self._live[name] = _Live(indices, indices._version, originals)
-
-    def _write(self) -> None:
-        """Writes round(original + delta) into the weight, for each live adapter."""
-        if len(self._live) > 1:  # supports may overlap: start from the pretrained weight and add
-            for live in self._live.values():
-                self._set_entries(live.indices, live.originals)
-        for position, (name, live) in enumerate(self._live.items()):
-            entries = live.originals
-            if position > 0:
-                entries = self._weight.detach().take(live.indices.long())
-            self._set_entries(live.indices, self._sum(entries, self.spiel_deltas[name].detach()))
-
-    def _sum(self, entries: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
-        """entries + deltas, added in the wider of their dtypes, rounded once to the weight's."""
-        return (entries + deltas).to(self._weight.dtype)
-
-    def _set_entries(self, indices: torch.Tensor, entries: torch.Tensor) -> None:
-        # Through `.data`, so that writing what already stands there does not invalidate a graph.
-        self._weight.data.put_(indices.long(), entries)
+        if self._live is not None:
+            self._live.put_back()
+            self._live = None
 
     # -- forward and backward ---------------------------------------------------------------
 
+    @torch.compiler.disable  # what is live, and the graph of the deltas, are no matter of tracing
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("SpIEL cannot mix adapters within a batch (adapter_names)")
+        """The base layer's output [..., out_features] with the active adapters' deltas."""
         self.make_live()
         out = self.base_layer(x, *args, **kwargs)
-        if not self.merged and torch.is_grad_enabled():
-            for name in self._live:
-                deltas = self.spiel_deltas[name]
-                _LAYERS[deltas] = weakref.ref(self)  # copies and loads make new Parameters
-                if deltas.requires_grad:
-                    out = _Tap.apply(out, x, deltas, self, name)
-        return out
+        return out if self.merged else self.tap(out, x, tuple(self._wanted()))
+
+    def tap(self, out: torch.Tensor, x: torch.Tensor, adapters: tuple[str, ...]) -> torch.Tensor:
+        """`out`, with what gives the deltas of `adapters` their gradients in its history."""
+        if not torch.is_grad_enabled():
+            return out
+        deltas = [self.spiel_deltas[name] for name in adapters]
+        for parameter in deltas:  # copying and loading make new Parameters
+            _LAYERS[parameter] = weakref.ref(self)
+        return _Tap.apply(out, x, self, adapters, *deltas)
 
     def delta_gradient(self, adapter: str, x: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
         """Gradient [k] of the deltas from the layer's input and the gradient of its output."""
-        left, right = grad_out.flatten(0, -2), x.flatten(0, -2)
+        left, right = grad_out.reshape(-1, grad_out.shape[-1]), x.reshape(-1, x.shape[-1])
         if isinstance(self.base_layer, Conv1D):
             left, right = right, left
-        gradient = ops.sampled_gradient(left, right, self.spiel_indices[adapter])
-        if adapter in self.observers:
-            self.observers[adapter](left, right, gradient)
+        # An autocast around the caller's backward would turn fp32 sums into bf16 ones.
+        with torch.autocast(x.device.type, enabled=False):
+            gradient = ops.sampled_gradient(left, right, self.spiel_indices[adapter])
+            if adapter in self.observers:
+                self.observers[adapter](left, right, gradient)
         return gradient.to(self.spiel_deltas[adapter].dtype)
 
     # -- merging ----------------------------------------------------------------------------
@@ -245,23 +243,25 @@ class SpielLinear(nn.Module, BaseTunerLayer):
         """Makes the deltas part of the weight; `unmerge` undoes it exactly.
 
         Raises:
-            ValueError: `safe_merge` and a merged entry would not be finite.
+            ValueError: `safe_merge` and a merged entry would not be finite. Nothing was merged.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.spiel_deltas]
         if not names:
             return
-        wanted = [*self.merged_adapters, *names]
-        self.put_back()
-        if safe_merge:
-            for name in names:
-                if not bool(torch.isfinite(self.spiel_deltas[name]).all()):
-                    raise ValueError(
-                        f"NaNs detected in the merged weights of {self.name}. "
-                        f"The adapter {name} seems to be broken"
-                    )
-        self._remember(wanted)
-        self._write()
-        self.merged_adapters = wanted
+        before = self.merged_adapters
+        self.unmerge()
+        self._hold([*before, *names])
+        assert self._live is not None
+        if safe_merge and not bool(self._live.entries(self.spiel_deltas).isfinite().all()):
+            self.unmerge()
+            if before:
+                self.merge(adapter_names=before)
+            raise ValueError(
+                "NaNs detected in the merged weights. The adapter "
+                f"{', '.join(names)} seems to be broken (module {self.name})"
+            )
+        self._live.write(self.spiel_deltas)
+        self.merged_adapters = [*before, *names]
 
     def unmerge(self) -> None:
         """Takes merged deltas out of the weight again, bit for bit."""
@@ -272,10 +272,13 @@ class SpielLinear(nn.Module, BaseTunerLayer):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The base layer, with or without the deltas in its weight. Called by peft."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        else:
+        if not merge:
             self.unmerge()
+            return self.base_layer
+        self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if not self.merged:  # nothing to merge here, but deltas may be live
+            self.put_back()
+        self._live = None  # from now on the weight is the caller's: nobody puts it back
         return self.base_layer
 
     # -- moving, copying, saving ------------------------------------------------------------
@@ -291,10 +294,37 @@ class SpielLinear(nn.Module, BaseTunerLayer):
         self.put_back()
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if not self.merged:
-            self.put_back()
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.merged and any(key.startswith(prefix) for key in state_dict):
+            raise RuntimeError(f"{self.name}: unmerge its adapters before loading a state dict")
+        for adapter in self.spiel_deltas:
+            self._check_incoming(
+                adapter,
+                state_dict.get(f"{prefix}spiel_indices.{adapter}"),
+                state_dict.get(f"{prefix}spiel_deltas.{adapter}"),
+            )
+        self.put_back()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_incoming(
+        self, adapter: str, indices: torch.Tensor | None, deltas: torch.Tensor | None
+    ) -> None:
+        """Refuses what is not a support and its deltas, before anything is changed."""
+        where = f"{self.name} (adapter {adapter!r})"
+        k = len(self.spiel_deltas[adapter])
+        if (indices is None) != (deltas is None):
+            missing = "indices" if indices is None else "delta values"
+            raise ValueError(f"{where}: the state dict lacks the {missing}")
+        if indices is not None and not indices.is_meta:
+            check_support(indices, k, self.shape[0] * self.shape[1], where)
+        if deltas is None or deltas.is_meta:
+            return
+        if deltas.shape != (k,):
+            raise ValueError(f"{where}: expected {k} delta values, got {list(deltas.shape)}")
+        if not bool(torch.isfinite(deltas).all()):
+            raise ValueError(f"{where}: the delta values contain NaN or infinity")
 
     def __getstate__(self) -> dict[str, Any]:
         if not self.merged:
@@ -322,28 +352,25 @@ def weight_shape(layer: nn.Module, name: str) -> tuple[int, int]:
     Raises:
         TypeError: SpIEL cannot adapt such a layer.
     """
-    weight = getattr(layer, "weight", None)
-    supported = isinstance(layer, (nn.Linear, Conv1D))
-    if supported and weight is not None and weight.is_floating_point():
-        rows, cols = weight.shape
+    packing = getattr(getattr(layer, "weight", None), "quant_state", None)
+    if packing is not None:
+        rows, cols = packing.shape
         return rows, cols
-    raise TypeError(
-        f"SpIEL cannot adapt {name}, a {type(layer).__name__}: target torch.nn.Linear or "
-        "transformers' Conv1D layers with a float weight"
-    )
+    # A parametrised or quantised weight would not keep what is written into it; a forward pass of
+    # the layer's own may use the weight in a way that backward here knows nothing of.
+    weight = layer._parameters.get("weight")
+    has_own_forward = type(layer).forward not in (nn.Linear.forward, Conv1D.forward)
+    is_attention_part = isinstance(layer, NonDynamicallyQuantizableLinear)
+    if has_own_forward or is_attention_part or weight is None or weight.dtype not in WEIGHT_DTYPES:
+        raise TypeError(
+            f"SpIEL cannot adapt {name}, a {type(layer).__name__}: it adapts torch.nn.Linear and "
+            "transformers' Conv1D with a float weight, and bitsandbytes' Linear4bit; leave this "
+            "module out (target_modules, exclude_modules), or load the model unquantised"
+        )
+    rows, cols = weight.shape
+    return rows, cols
 
 
 def _put_back_before_saving(layer: SpielLinear, *_: Any) -> None:
     if not layer.merged:
         layer.put_back()
-
-
-def _check_loaded(layer: SpielLinear, _: Any) -> None:
-    for name, indices in layer.spiel_indices.items():
-        deltas = layer.spiel_deltas[name]
-        if deltas.is_meta or indices.is_meta:
-            continue
-        where = f"{layer.name} (adapter {name!r})"
-        check_support(indices, len(deltas), layer.shape[0] * layer.shape[1], where)
-        if not bool(torch.isfinite(deltas).all()):
-            raise ValueError(f"{where}: the delta values contain NaN or infinity")

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from torch import nn
 
 from spiel.config import DEFAULT_DENSITY, SpielConfig
 from spiel.layer import SpielLinear, weight_shape
+from spiel.quantized import SpielLinear4bit, is_4bit
 
 
 class SpielModel(BaseTuner):
@@ -33,7 +42,9 @@ class SpielModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Fills `num_deltas` and `weight_shapes`, or checks the ones that were saved."""
-        _maybe_include_all_linear_layers(peft_config, model)
+        if peft_config.target_modules == "all-linear":
+            _maybe_include_all_linear_layers(peft_config, model)
+            _keep_wanted_layers(peft_config)
         shapes = self._targeted_shapes(peft_config, model)
         if not shapes:
             return  # peft's own message says which names matched nothing
@@ -41,17 +52,20 @@ class SpielModel(BaseTuner):
         if peft_config.num_deltas is None:
             total = _total_deltas(peft_config, count_parameters(model))
             peft_config.num_deltas = share_out(total, shapes)
-            peft_config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
         else:
             _check_saved(peft_config, shapes)
+        peft_config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
 
     def _targeted_shapes(self, config: SpielConfig, model: nn.Module) -> dict[str, tuple[int, int]]:
         shapes = {}
+        inner: tuple[str, ...] = ()  # what is inside an adapted layer is no module of the model
         for name, module in model.named_modules():
-            if ".base_layer" in name or not name:
+            if not name or name.startswith(inner):
                 continue
+            if isinstance(module, BaseTunerLayer):
+                inner += (f"{name}.",)
             if self._check_target_module_exists(config, name):
-                layer = module.base_layer if isinstance(module, SpielLinear) else module
+                layer = module.get_base_layer() if isinstance(module, SpielLinear) else module
                 shapes[name] = weight_shape(layer, name)
         return shapes
 
@@ -70,10 +84,28 @@ class SpielModel(BaseTuner):
         if isinstance(target, SpielLinear):
             target.update_layer(adapter_name, k, dtype)
             return
-        layer = SpielLinear(target, current_key)
+        layer_class = SpielLinear4bit if is_4bit(target) else SpielLinear
+        layer = layer_class(target, current_key)
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, k, dtype)
         self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Leaves the deltas alone: their dtype is the config's `delta_dtype`. Called by peft."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """Called by peft around every forward pass of a PeftModel.
+
+        Raises:
+            ValueError: an adapter is named for each sample; a weight can hold one set of deltas.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "SpIEL cannot mix adapters within a batch (adapter_names): use set_adapter, one "
+                "batch for each adapter"
+            )
+        yield
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -136,16 +168,21 @@ def set_support(
 
 
 def count_parameters(model: nn.Module) -> int:
-    """All parameters of the base model, deltas of earlier injections not counted."""
-    parameters = model.named_parameters()
-    return sum(p.numel() for name, p in parameters if ".spiel_deltas." not in name)
+    """All parameters of the base model, those of earlier injections not counted.
+
+    A weight packed into 4 bits counts as the weight it stands for.
+    """
+    added = (".spiel_deltas.", ".modules_to_save.")
+    own = (p for name, p in model.named_parameters() if not any(part in name for part in added))
+    packed = ((p, getattr(p, "quant_state", None)) for p in own)
+    return sum(p.numel() if state is None else math.prod(state.shape) for p, state in packed)
 
 
 def share_out(total: int, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
     """Spreads `total` deltas over weights in proportion to size: int(total x numel / sum).
 
     Raises:
-        ValueError: there are fewer weights than that.
+        ValueError: there are fewer weights than that, or so few deltas that no weight gets one.
     """
     numels = {name: rows * cols for name, (rows, cols) in shapes.items()}
     all_numel = sum(numels.values())
@@ -154,7 +191,13 @@ def share_out(total: int, shapes: Mapping[str, tuple[int, int]]) -> dict[str, in
             f"the budget of {total} deltas is more than the {all_numel} targeted weights; lower "
             "density or num_tunable_weights, or target more modules"
         )
-    return {name: int(total * numel / all_numel) for name, numel in numels.items()}
+    shares = {name: int(total * numel / all_numel) for name, numel in numels.items()}
+    if not any(shares.values()):
+        raise ValueError(
+            f"the budget of {total} deltas is too small to be spread over {len(shares)} weights; "
+            "raise density or num_tunable_weights"
+        )
+    return shares
 
 
 def _total_deltas(config: SpielConfig, num_parameters: int) -> int:
@@ -165,16 +208,32 @@ def _total_deltas(config: SpielConfig, num_parameters: int) -> int:
     return int(config.density * num_parameters)
 
 
+def _keep_wanted_layers(config: SpielConfig) -> None:
+    """Narrows the full names that "all-linear" stood for by `layers_to_transform`.
+
+    peft asks for the layer of a module only where a target is the end of its name.
+    """
+    if config.layers_to_transform is None:
+        return
+    rule = copy.copy(config)
+    kept = set()
+    for name in config.target_modules or ():
+        rule.target_modules = [name.rpartition(".")[2]]
+        if check_target_module_exists(rule, name):
+            kept.add(name)
+    if not kept:
+        raise ValueError(f"no layer is one of layers_to_transform {config.layers_to_transform}")
+    config.target_modules = kept  # type: ignore[assignment]
+
+
 def _refuse_shared_weights(model: nn.Module, targets: Mapping[str, Any]) -> None:
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name)
+        users.setdefault(_place(parameter), []).append(name)
     for name in targets:
         module = model.get_submodule(name)
-        weight = (
-            module.get_base_layer().weight if isinstance(module, SpielLinear) else module.weight
-        )
-        shared = users[id(weight)]
+        layer = module.get_base_layer() if isinstance(module, SpielLinear) else module
+        shared = users[_place(layer.weight)]  # type: ignore[arg-type]
         if len(shared) > 1:
             raise ValueError(
                 f"the weight of {name} is shared ({', '.join(shared)}), so its deltas would change "
@@ -182,8 +241,19 @@ def _refuse_shared_weights(model: nn.Module, targets: Mapping[str, Any]) -> None
             )
 
 
+def _place(parameter: torch.Tensor) -> int:
+    """The same for parameters whose values stand in the same place in memory."""
+    return parameter.data_ptr() or id(parameter)
+
+
 def _check_saved(config: SpielConfig, shapes: Mapping[str, tuple[int, int]]) -> None:
     assert config.num_deltas is not None
+    for name in config.num_deltas:
+        if name not in shapes:
+            raise ValueError(
+                f"num_deltas names {name}, which is no targeted module of this model: it must be "
+                "the base model that the adapter was made for"
+            )
     for name, shape in shapes.items():
         if name not in config.num_deltas:
             raise ValueError(f"num_deltas says nothing of the targeted module {name}")

@@ -1,0 +1,112 @@
+"""Live weights: while adapters are active, the base weight itself holds round(W0 + delta).
+
+The forward pass is then the base layer's own. The deltas are the master copy: the weight is always
+recomputed from them and from the pretrained entries kept here, never accumulated into, so nothing
+is lost to rounding and the pretrained weight can be put back bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+#: Adapter -> deltas [k].
+Deltas = Mapping[str, torch.Tensor] | nn.ParameterDict
+
+
+class LiveEntries:
+    """The entries of one weight that adapters have written to, and what stood there before.
+
+    Made on a pretrained weight, which it does not change until `write`.
+
+    Memory: the pretrained entries, in the weight's dtype; for several adapters also the union of
+    their supports and 8 bytes for each of their deltas.
+
+    Args:
+        weight: [rows, cols]; any strides.
+        supports: adapter -> flat indices [k], sorted and unique. The tensors themselves are kept.
+    """
+
+    def __init__(self, weight: torch.Tensor, supports: Mapping[str, torch.Tensor]) -> None:
+        self.weight = weight
+        self.supports = dict(supports)
+        self._versions = self._read_versions()
+        #: Flat indices of the entries, and for each adapter where in it its own are (None: all).
+        self._places, self._slots = _union(list(self.supports.values()))
+        self._originals = _read(weight, self._places)
+
+    def is_of(self, weight: torch.Tensor, supports: Mapping[str, torch.Tensor]) -> bool:
+        """Whether this weight and these supports, in this order, are the ones it was made for."""
+        return (
+            self.weight is weight
+            and list(self.supports) == list(supports)
+            and all(supports[name] is indices for name, indices in self.supports.items())
+        )
+
+    def entries(self, deltas: Deltas) -> torch.Tensor:
+        """round(W0 + sum of deltas), in the weight's dtype and rounded once."""
+        sums = self._originals
+        for name, slots in zip(self.supports, self._slots, strict=True):
+            values = deltas[name].detach()
+            if slots is None:
+                sums = sums + values
+            else:
+                wide = sums.to(torch.promote_types(sums.dtype, values.dtype))
+                sums = wide.index_add(0, slots, values.to(wide.dtype))
+        return sums.to(self.weight.dtype)
+
+    def write(self, deltas: Deltas) -> None:
+        """Brings the weight up to date with the adapters' deltas [k]."""
+        _write(self.weight, self._places, self.entries(deltas))
+
+    def put_back(self) -> None:
+        """Restores the pretrained entries.
+
+        Raises:
+            RuntimeError: a support was written into, so nobody knows where they belong.
+        """
+        if self._versions != self._read_versions():
+            raise RuntimeError(
+                "indices were written into while their deltas were in the weight; use "
+                "spiel.set_support to change a support"
+            )
+        _write(self.weight, self._places, self._originals)
+
+    def _read_versions(self) -> list[int]:
+        return [indices._version for indices in self.supports.values()]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Tensors that were copied or unpickled count their versions from 0 again.
+        self.__dict__.update(state)
+        self._versions = self._read_versions()
+
+
+def _union(
+    supports: list[torch.Tensor],
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """The union of supports, sorted, and where in it the indices of each one are."""
+    if len(supports) == 1:
+        return supports[0], [None]
+    places = torch.cat(supports).unique()
+    return places, [torch.searchsorted(places, indices) for indices in supports]
+
+
+def _read(weight: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    weight = weight.detach()
+    if weight.is_contiguous():
+        return weight.view(-1).index_select(0, places)
+    return weight.take(places.long())
+
+
+def _write(weight: torch.Tensor, places: torch.Tensor, entries: torch.Tensor) -> None:
+    # Through `.data`, so that writing what already stands there does not invalidate a graph.
+    weight, places = weight.data, places.long()
+    entries = entries.to(device=weight.device, dtype=weight.dtype)
+    if weight.is_contiguous():
+        weight.view(-1).scatter_(0, places, entries)
+    else:
+        cols = weight.shape[1]
+        weight[places // cols, places % cols] = entries
