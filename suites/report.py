@@ -6,13 +6,15 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from suites import stats
-from suites.record import Record
+from suites.record import Record, TaskScore
 
 BASELINE = "lora"
 PHASES = ("load", "prepare", "train", "evaluate")
+ROLES = ("target", "retention")
 
 
 class MixedRecordsError(ValueError):
@@ -43,7 +45,10 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     """
     require_comparable(records)
     methods = dict.fromkeys(record.method_name for record in records)
-    base_seconds = _step_seconds_by_seed(records, BASELINE)
+    base = [
+        record for record in records if record.method_name == BASELINE and record.status == "ok"
+    ]
+    base_seconds = _step_seconds_by_seed(base, BASELINE)
     rows = []
     for method in methods:
         own = [record for record in records if record.method_name == method]
@@ -54,7 +59,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
             for record in own
             if record.status != "ok"
         ]
-        row |= _quality(ok) | _cost(ok)
+        row |= _quality(ok) | _cost(ok) | compared(ok, base)
         seconds = _step_seconds_by_seed(own, method)
         row |= columns("step_seconds", list(seconds.values()))
         ratio = stats.paired_ratio(seconds, base_seconds)
@@ -98,9 +103,41 @@ def _quality(ok: Sequence[Record]) -> dict[str, Any]:
             "weight_decay": tuning.get("weight_decay"),
             "backend": ok[0].backend,
         }
-    for role in ("target", "retention"):
+    for role in ROLES:
         row |= columns(role, accuracies(ok, role))
     return row
+
+
+def compared(own: Sequence[Record], base: Sequence[Record]) -> dict[str, float | None]:
+    """For each role the columns of `stats.paired_difference` of a method from the baseline."""
+    row: dict[str, float | None] = {}
+    for role in ROLES:
+        name = f"{role}_minus_{BASELINE}"
+        paired = item_differences(own, base, role)
+        found = stats.paired_difference(paired) if paired else None
+        row[name] = found.mean if found else None
+        row[f"{name}_low"] = found.low if found else None
+        row[f"{name}_high"] = found.high if found else None
+        row[f"{name}_p"] = found.p_value if found else None
+    return row
+
+
+def item_differences(own: Sequence[Record], base: Sequence[Record], role: str) -> list[np.ndarray]:
+    """`own` - `base`, item by item: for each task of `role` an array (shared seeds, items)."""
+    theirs = {record.seed: record for record in base}
+    pairs = [(record, theirs[record.seed]) for record in own if record.seed in theirs]
+    if not pairs or pairs[0][0].method_name == BASELINE:
+        return []
+    names = [name for name, score in pairs[0][0].scores.items() if score.role == role]
+    return [
+        np.stack([_difference(a.scores[name], b.scores[name]) for a, b in pairs]) for name in names
+    ]
+
+
+def _difference(own: TaskScore, base: TaskScore) -> np.ndarray:
+    if own.doc_ids != base.doc_ids:
+        raise MixedRecordsError("records of different test items do not share a table")
+    return np.subtract(own.per_item, base.per_item)
 
 
 def accuracies(records: Iterable[Record], role: str) -> list[float]:

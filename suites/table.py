@@ -9,12 +9,13 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from suites import report
+from suites import report, stats
 from suites.plan import Cell, records_folder, safe_name
 from suites.record import DamagedRecordError, Record, read
 
 MIB = 2**20
 UNMATCHED = "†"
+SIGNIFICANT = "*"
 
 
 def present(cells: Sequence[Cell], out: Path) -> int:
@@ -84,9 +85,21 @@ def quality(frame: pd.DataFrame) -> pd.DataFrame:
                 "lr": number(row["lr"], "g"),
                 "target ± 95 %": spread(row, "target", ".3f"),
                 "retention ± 95 %": spread(row, "retention", ".3f"),
+                f"- {report.BASELINE}": differences(row),
             }
         )
     return pd.DataFrame(rows)
+
+
+def differences(row: dict) -> str:
+    """What target and retention are above the baseline's, with a star where it is significant."""
+    words = []
+    for role in report.ROLES:
+        name = f"{role}_minus_{report.BASELINE}"
+        p_value = row[f"{name}_p"]
+        star = SIGNIFICANT if p_value is not None and p_value < stats.SIGNIFICANCE else ""
+        words.append(number(row[name], "+.3f", star))
+    return "-" if set(words) == {"-"} else " / ".join(words)
 
 
 def cost(frame: pd.DataFrame) -> pd.DataFrame:
@@ -134,6 +147,11 @@ def footnotes(frame: pd.DataFrame, records: Sequence[Record]) -> list[str]:
     budget = f"the budget of {asked.pop():,} weights" if asked else "a budget"
     if not all(frame["matched"]):
         notes.append(f"{UNMATCHED} not matched to {budget}.")
+    if frame[[f"{role}_minus_{report.BASELINE}" for role in report.ROLES]].notna().any(axis=None):
+        notes.append(
+            f"- {report.BASELINE}: target / retention above {report.BASELINE}'s, paired by item "
+            f"and seed; {SIGNIFICANT} p < {stats.SIGNIFICANCE:g} (two-way bootstrap)."
+        )
     if (frame["num_ok"] == 1).any():
         notes.append("One seed has no interval; use several before any claim.")
     notes += sorted({where(record) for record in records if record.environment})

@@ -174,3 +174,34 @@ def test_search_picks_the_smallest_rate_that_dev_cannot_tell_from_the_best():
     found = search.curves(trials)
     assert found["lr"][found["target"].idxmax()] == 1e-2
     assert found["lr"][found["picked"]].tolist() == [1e-3]
+
+
+def with_items(of, *per_item):
+    scores = finished(of).scores
+    items = dataclasses.replace(
+        scores["t"], value=sum(per_item) / len(per_item), per_item=per_item, num_items=len(per_item)
+    )
+    items = dataclasses.replace(items, doc_ids=tuple(range(len(per_item))))
+    return finished(of, scores={**scores, "t": items})
+
+
+def test_methods_are_compared_with_lora_item_by_item():
+    lora = [with_items(cell(seed=seed), *[0.0] * 8, 1.0, 1.0) for seed in range(3)]
+    spiel = [with_items(cell("spiel", seed=seed), *[1.0] * 8, 1.0, 0.0) for seed in range(3)]
+    frame = report.frame(lora + spiel)
+    row = row_of(frame, "spiel")
+    assert row["target_minus_lora"] == pytest.approx(0.7)
+    assert row["target_minus_lora_low"] > 0
+    assert row["target_minus_lora_p"] < 0.05
+    assert row["retention_minus_lora"] == 0
+    assert pd.isna(row_of(frame, "lora")["target_minus_lora"])
+    words = dict(zip(frame["method"], table.quality(frame)["- lora"], strict=True))
+    assert words == {"lora": "-", "spiel": "+0.700* / +0.000"}
+    assert any("two-way bootstrap" in note for note in table.footnotes(frame, lora + spiel))
+
+
+def test_other_items_are_not_paired():
+    here = with_items(cell(), 1.0, 0.0)
+    there = with_items(cell("spiel"), 1.0, 0.0, 1.0)
+    with pytest.raises(report.MixedRecordsError, match="different test items"):
+        report.frame([here, there])

@@ -1,8 +1,9 @@
 """Intervals against figures worked out by hand."""
 
+import numpy as np
 import pytest
 
-from suites.stats import estimate, paired_ratio
+from suites.stats import estimate, paired_difference, paired_ratio
 
 
 def test_interval_is_students_t():
@@ -37,3 +38,47 @@ def test_paired_ratio_takes_out_what_seeds_share():
 def test_paired_ratio_uses_shared_seeds_only():
     assert paired_ratio({0: 3.0, 1: 8.0}, {0: 1.0, 2: 1.0}).mean == 3.0
     assert paired_ratio({0: 3.0}, {1: 1.0}) is None
+
+
+def items(accuracy, num_seeds=3, num_items=400, seed=0):
+    """Correctness (seeds, items) whose items are right with that probability."""
+    generator = np.random.default_rng(seed)
+    return (generator.random((num_seeds, num_items)) < accuracy).astype(float)
+
+
+def test_a_difference_in_every_seed_is_significant():
+    found = paired_difference([items(0.8) - items(0.6, seed=1)])
+    assert found.mean == pytest.approx(0.2, abs=0.05)
+    assert found.low > 0
+    assert found.p_value < 0.01
+
+
+def test_no_difference_is_not():
+    found = paired_difference([items(0.7) - items(0.7, seed=1)])
+    assert found.low < 0 < found.high
+    assert found.p_value > 0.05
+    assert paired_difference([np.zeros((3, 10))]).p_value == 1.0
+
+
+def test_pairing_finds_what_lies_below_the_spread_of_items():
+    base = items(0.5)
+    better = base.copy()
+    better[:, :12] = 1.0  # twelve items of 400, whatever the others do
+    assert paired_difference([better - base]).low > 0
+
+
+def test_one_lucky_seed_is_not_significant():
+    # 300 items more make one seed no better evidence: seeds are the blocks.
+    differences = np.zeros((3, 300))
+    differences[0] = 1.0
+    assert paired_difference([differences]).p_value > 0.05
+
+
+def test_tasks_count_alike_whatever_their_size():
+    found = paired_difference([np.ones((2, 10)), np.zeros((2, 1000))])
+    assert found.mean == 0.5
+
+
+def test_nothing_to_pair_is_an_error():
+    with pytest.raises(ValueError, match="at least one seed and one item"):
+        paired_difference([])
