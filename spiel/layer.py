@@ -123,9 +123,9 @@ class SpielLinear(nn.Module, BaseTunerLayer):
         """Replaces the support, whose size stays, and sets all deltas to 0."""
         numel = self.shape[0] * self.shape[1]
         deltas = self.spiel_deltas[adapter]
-        indices = indices.detach().to(device=deltas.device, dtype=index_dtype(numel))
         check_support(indices, len(deltas), numel, self.name)
-        self.replace_support(adapter, indices.clone(), torch.zeros_like(deltas))
+        indices = indices.detach().to(deltas.device, index_dtype(numel), copy=True)
+        self.replace_support(adapter, indices, torch.zeros_like(deltas))
 
     def replace_support(self, adapter: str, indices: torch.Tensor, deltas: torch.Tensor) -> None:
         """Takes over a checked support [k] and its deltas [k]; the Parameter stays the same."""

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from spiel.config import DEFAULT_DENSITY, SpielConfig
@@ -44,7 +45,7 @@ class SpielModel(BaseTuner):
         """Fills `num_deltas` and `weight_shapes`, or checks the ones that were saved."""
         if peft_config.target_modules == "all-linear":
             _maybe_include_all_linear_layers(peft_config, model)
-            _keep_wanted_layers(peft_config)
+            _narrow_all_linear(peft_config, model)
         shapes = self._targeted_shapes(peft_config, model)
         if not shapes:
             return  # peft's own message says which names matched nothing
@@ -95,15 +96,15 @@ class SpielModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """Called by peft around every forward pass of a PeftModel.
+        """What peft enters around every forward pass of a PeftModel.
 
         Raises:
-            ValueError: an adapter is named for each sample; a weight can hold one set of deltas.
+            ValueError: an adapter is named for each sample.
         """
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
-                "SpIEL cannot mix adapters within a batch (adapter_names): use set_adapter, one "
-                "batch for each adapter"
+                "SpIEL cannot mix adapters within a batch (adapter_names), as a weight holds one "
+                "set of deltas at a time: use set_adapter and one batch for each adapter"
             )
         yield
 
@@ -208,22 +209,25 @@ def _total_deltas(config: SpielConfig, num_parameters: int) -> int:
     return int(config.density * num_parameters)
 
 
-def _keep_wanted_layers(config: SpielConfig) -> None:
-    """Narrows the full names that "all-linear" stood for by `layers_to_transform`.
-
-    peft asks for the layer of a module only where a target is the end of its name.
+def _narrow_all_linear(config: SpielConfig, model: nn.Module) -> None:
+    """Leaves out of the full names that "all-linear" stood for what peft leaves in: the copies of
+    other adapters' `modules_to_save`, and layers that are not in `layers_to_transform`.
     """
-    if config.layers_to_transform is None:
-        return
+    wrappers = [n for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    inside = tuple(f"{name}." for name in wrappers)
+    names = {name for name in config.target_modules or () if not name.startswith(inside)}
+    if config.layers_to_transform is not None:
+        names = {name for name in names if _is_in_layers(config, name)}
+        if not names:
+            raise ValueError(f"no layer is one of layers_to_transform {config.layers_to_transform}")
+    config.target_modules = names  # type: ignore[assignment]
+
+
+def _is_in_layers(config: SpielConfig, name: str) -> bool:
+    # peft asks for the layer of a module only where a target is the end of its name, not all of it.
     rule = copy.copy(config)
-    kept = set()
-    for name in config.target_modules or ():
-        rule.target_modules = [name.rpartition(".")[2]]
-        if check_target_module_exists(rule, name):
-            kept.add(name)
-    if not kept:
-        raise ValueError(f"no layer is one of layers_to_transform {config.layers_to_transform}")
-    config.target_modules = kept  # type: ignore[assignment]
+    rule.target_modules = [name.rpartition(".")[2]]
+    return bool(check_target_module_exists(rule, f".{name}"))
 
 
 def _refuse_shared_weights(model: nn.Module, targets: Mapping[str, Any]) -> None:

@@ -1,0 +1,157 @@
+"""SpIEL in the libraries that people train and evaluate with."""
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import spiel
+
+IDS = torch.randint(3, 48, (4, 10), generator=torch.Generator().manual_seed(0))
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def tokenizer():
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(44))]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_gradient_checkpointing(llama, adapt, use_reentrant, autocast):
+    found = []
+    for checkpointing in (False, True):
+        model = adapt(llama(), task_type="CAUSAL_LM").train()
+        if checkpointing:
+            kwargs = {"use_reentrant": use_reentrant}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+            model.enable_input_require_grads()
+        for _ in range(2):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                loss = model(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys()
+    assert len(found[0]) == 14
+    for name in found[0]:
+        assert torch.equal(found[0][name], found[1][name]), name
+
+
+def test_torch_compile(llama, adapt):
+    model = adapt(llama(num_hidden_layers=1), task_type="CAUSAL_LM")
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    wanted = gradients(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = spiel.SpielAdamW(model, lr=0.01)
+    optimizer.zero_grad()
+    compiled(input_ids=IDS, labels=IDS).loss.backward()
+    torch.testing.assert_close(gradients(model), wanted)
+    optimizer.step()
+    torch.testing.assert_close(compiled(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_generate(llama, adapt):
+    model = adapt(llama(), task_type="CAUSAL_LM", scale=1.0).eval()
+    out = model.generate(input_ids=IDS[:, :4], max_new_tokens=6, do_sample=False)
+    merged = model.merge_and_unload()
+    assert torch.equal(
+        out, merged.generate(input_ids=IDS[:, :4], max_new_tokens=6, do_sample=False)
+    )
+
+
+def test_transformers_own_adapters(llama, tmp_path):
+    """`model.add_adapter`, without a PeftModel."""
+    model = llama().eval()
+    plain = model(input_ids=IDS).logits
+    model.add_adapter(spiel.SpielConfig(density=0.1), "mine")
+    for layer in spiel.model.spiel_layers(model)[1].values():
+        layer.spiel_deltas["mine"].data.normal_()
+    adapted = model(input_ids=IDS).logits
+    assert not torch.allclose(adapted, plain)
+    model.disable_adapters()
+    assert torch.equal(model(input_ids=IDS).logits, plain)
+    model.enable_adapters()
+    assert torch.equal(model(input_ids=IDS).logits, adapted)
+    model.save_pretrained(tmp_path)
+    other = llama().eval()
+    other.load_adapter(str(tmp_path))
+    torch.testing.assert_close(other(input_ids=IDS).logits, adapted)
+
+
+def test_trl_trains_with_the_callback(llama, adapt, tokenizer, tmp_path):
+    trl = pytest.importorskip("trl")
+    texts = [" ".join(f"w{(3 * i + j) % 44}" for i in range(8)) for j in range(16)]
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=12,
+        per_device_train_batch_size=8,
+        max_length=16,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+    )
+    model = adapt(
+        llama(initializer_range=0.3),
+        scale=0,
+        task_type="CAUSAL_LM",
+        reselection_steps=4,
+        selection_accumulation_steps=2,
+    )
+    before = spiel.get_deltas(model)
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer,
+        callbacks=[spiel.SpielCallback()],
+        optimizers=(spiel.SpielAdamW(model, lr=0.05), None),
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    after = spiel.get_deltas(model)
+    assert any(not torch.equal(before[name][0], after[name][0]) for name in before)
+
+
+def test_lm_eval_loads_an_adapter_folder(llama, adapt, tokenizer, tmp_path):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+
+    base = llama().eval()
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = adapt(base, task_type="CAUSAL_LM", scale=1.0).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    kwargs = {"pretrained": str(tmp_path / "base"), "device": "cpu", "dtype": "float32"}
+    requests = [
+        Instance("loglikelihood", {}, (f"w1 w{i} w5", f" w{i + 9} w3"), i) for i in range(3)
+    ]
+    found = huggingface.HFLM(**kwargs, peft=str(tmp_path / "adapter")).loglikelihood(requests)
+    plain = huggingface.HFLM(**kwargs).loglikelihood(requests)
+    in_memory = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, backend="causal")
+    expected = in_memory.loglikelihood(requests)
+    for (one, _), (two, _), (three, _) in zip(found, expected, plain, strict=True):
+        assert one == pytest.approx(two, abs=1e-5)
+        assert abs(one - three) > 1e-3
+
+
+def test_every_public_name_is_there():
+    for name in spiel.__all__:
+        assert getattr(spiel, name).__doc__
+    assert peft.PeftType("SPIEL") == "SPIEL"
