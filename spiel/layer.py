@@ -14,14 +14,14 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from torch.autograd.function import once_differentiable
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from spiel import ops
 from spiel.live import LiveEntries
-from spiel.support import check_support, index_dtype, random_support
+from spiel.support import check_loaded, check_support, index_dtype, random_support
+from spiel.tap import Tap
+from spiel.targets import weight_shape
 
 #: Called in backward with left [tokens, rows] and right [tokens, cols], of which left.T @ right is
 #: the weight's gradient, and with its entries [k] at the support.
@@ -30,41 +30,6 @@ Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 #: The layer of every delta Parameter seen so far, for optimisers that need the weight's geometry.
 #: Beside the Parameters, not on them: a Parameter with a layer attached could not be pickled.
 _LAYERS = WeakIdKeyDictionary()
-
-#: Dtypes of weights that SpIEL can adapt; in narrower ones deltas would round away.
-WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class _Tap(torch.autograd.Function):
-    """Lets the base layer's output pass, and forms the gradients of the deltas going backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        out: torch.Tensor,
-        x: torch.Tensor,
-        layer: SpielLinear,
-        adapters: tuple[str, ...],
-        *deltas: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.mark_dirty(out)  # the same tensor with a new history: nothing is copied or viewed
-        ctx.layer, ctx.adapters = layer, adapters
-        if any(ctx.needs_input_grad[4:]):
-            ctx.save_for_backward(x)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # The base layer's backward comes next and reads the weight, which since the forward pass
-        # may have been given to other adapters or been put back.
-        if ctx.layer.live_adapters != ctx.adapters:
-            ctx.layer.make_live(ctx.adapters)
-        gradients = [
-            ctx.layer.delta_gradient(adapter, *ctx.saved_tensors, grad_out) if needed else None
-            for adapter, needed in zip(ctx.adapters, ctx.needs_input_grad[4:], strict=True)
-        ]
-        return grad_out, None, None, None, *gradients
 
 
 class _Deltas(nn.ParameterDict):
@@ -223,7 +188,7 @@ class SpielLinear(nn.Module, BaseTunerLayer):
         deltas = [self.spiel_deltas[name] for name in adapters]
         for parameter in deltas:  # copying and loading make new Parameters
             _LAYERS[parameter] = weakref.ref(self)
-        return _Tap.apply(out, x, self, adapters, *deltas)
+        return Tap.apply(out, x, self, adapters, *deltas)
 
     def delta_gradient(self, adapter: str, x: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
         """Gradient [k] of the deltas from the layer's input and the gradient of its output."""
@@ -299,32 +264,16 @@ class SpielLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         if self.merged and any(key.startswith(prefix) for key in state_dict):
             raise RuntimeError(f"{self.name}: unmerge its adapters before loading a state dict")
-        for adapter in self.spiel_deltas:
-            self._check_incoming(
-                adapter,
+        for adapter, deltas in self.spiel_deltas.items():
+            check_loaded(  # before anything is changed
                 state_dict.get(f"{prefix}spiel_indices.{adapter}"),
                 state_dict.get(f"{prefix}spiel_deltas.{adapter}"),
+                len(deltas),
+                self.shape[0] * self.shape[1],
+                f"{self.name} (adapter {adapter!r})",
             )
         self.put_back()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _check_incoming(
-        self, adapter: str, indices: torch.Tensor | None, deltas: torch.Tensor | None
-    ) -> None:
-        """Refuses what is not a support and its deltas, before anything is changed."""
-        where = f"{self.name} (adapter {adapter!r})"
-        k = len(self.spiel_deltas[adapter])
-        if (indices is None) != (deltas is None):
-            missing = "indices" if indices is None else "delta values"
-            raise ValueError(f"{where}: the state dict lacks the {missing}")
-        if indices is not None and not indices.is_meta:
-            check_support(indices, k, self.shape[0] * self.shape[1], where)
-        if deltas is None or deltas.is_meta:
-            return
-        if deltas.shape != (k,):
-            raise ValueError(f"{where}: expected {k} delta values, got {list(deltas.shape)}")
-        if not bool(torch.isfinite(deltas).all()):
-            raise ValueError(f"{where}: the delta values contain NaN or infinity")
 
     def __getstate__(self) -> dict[str, Any]:
         if not self.merged:
@@ -344,31 +293,6 @@ def layer_of(parameter: torch.Tensor) -> tuple[SpielLinear, str] | None:
         if deltas is parameter:
             return layer, adapter
     return None
-
-
-def weight_shape(layer: nn.Module, name: str) -> tuple[int, int]:
-    """(rows, cols) of the stored weight of a layer that SpIEL can adapt.
-
-    Raises:
-        TypeError: SpIEL cannot adapt such a layer.
-    """
-    packing = getattr(getattr(layer, "weight", None), "quant_state", None)
-    if packing is not None:
-        rows, cols = packing.shape
-        return rows, cols
-    # A parametrised or quantised weight would not keep what is written into it; a forward pass of
-    # the layer's own may use the weight in a way that backward here knows nothing of.
-    weight = layer._parameters.get("weight")
-    has_own_forward = type(layer).forward not in (nn.Linear.forward, Conv1D.forward)
-    is_attention_part = isinstance(layer, NonDynamicallyQuantizableLinear)
-    if has_own_forward or is_attention_part or weight is None or weight.dtype not in WEIGHT_DTYPES:
-        raise TypeError(
-            f"SpIEL cannot adapt {name}, a {type(layer).__name__}: it adapts torch.nn.Linear and "
-            "transformers' Conv1D with a float weight, and bitsandbytes' Linear4bit; leave this "
-            "module out (target_modules, exclude_modules), or load the model unquantised"
-        )
-    rows, cols = weight.shape
-    return rows, cols
 
 
 def _put_back_before_saving(layer: SpielLinear, *_: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,14 +11,14 @@ from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
-    check_target_module_exists,
 )
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from spiel.config import DEFAULT_DENSITY, SpielConfig
-from spiel.layer import SpielLinear, weight_shape
+from spiel.budget import check_saved, count_parameters, share_out, total_deltas
+from spiel.config import SpielConfig
+from spiel.layer import SpielLinear
 from spiel.quantized import SpielLinear4bit, is_4bit
+from spiel.targets import narrow_all_linear, refuse_shared_weights, weight_shape
 
 
 class SpielModel(BaseTuner):
@@ -45,16 +43,16 @@ class SpielModel(BaseTuner):
         """Fills `num_deltas` and `weight_shapes`, or checks the ones that were saved."""
         if peft_config.target_modules == "all-linear":
             _maybe_include_all_linear_layers(peft_config, model)
-            _narrow_all_linear(peft_config, model)
+            narrow_all_linear(peft_config, model)
         shapes = self._targeted_shapes(peft_config, model)
         if not shapes:
             return  # peft's own message says which names matched nothing
-        _refuse_shared_weights(model, shapes)
+        refuse_shared_weights(model, shapes)
         if peft_config.num_deltas is None:
-            total = _total_deltas(peft_config, count_parameters(model))
+            total = total_deltas(peft_config, count_parameters(model))
             peft_config.num_deltas = share_out(total, shapes)
         else:
-            _check_saved(peft_config, shapes)
+            check_saved(peft_config, shapes)
         peft_config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
 
     def _targeted_shapes(self, config: SpielConfig, model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -166,109 +164,3 @@ def set_support(
         raise ValueError(f"no SpIEL module {unknown[0]!r}; there are {', '.join(layers)}")
     for name, indices in support.items():
         layers[name].set_support(adapter, indices)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """All parameters of the base model, those of earlier injections not counted.
-
-    A weight packed into 4 bits counts as the weight it stands for.
-    """
-    added = (".spiel_deltas.", ".modules_to_save.")
-    own = (p for name, p in model.named_parameters() if not any(part in name for part in added))
-    packed = ((p, getattr(p, "quant_state", None)) for p in own)
-    return sum(p.numel() if state is None else math.prod(state.shape) for p, state in packed)
-
-
-def share_out(total: int, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """Spreads `total` deltas over weights in proportion to size: int(total x numel / sum).
-
-    Raises:
-        ValueError: there are fewer weights than that, or so few deltas that no weight gets one.
-    """
-    numels = {name: rows * cols for name, (rows, cols) in shapes.items()}
-    all_numel = sum(numels.values())
-    if total > all_numel:
-        raise ValueError(
-            f"the budget of {total} deltas is more than the {all_numel} targeted weights; lower "
-            "density or num_tunable_weights, or target more modules"
-        )
-    shares = {name: int(total * numel / all_numel) for name, numel in numels.items()}
-    if not any(shares.values()):
-        raise ValueError(
-            f"the budget of {total} deltas is too small to be spread over {len(shares)} weights; "
-            "raise density or num_tunable_weights"
-        )
-    return shares
-
-
-def _total_deltas(config: SpielConfig, num_parameters: int) -> int:
-    if config.num_tunable_weights is not None:
-        return config.num_tunable_weights
-    if config.density is None:
-        config.density = DEFAULT_DENSITY
-    return int(config.density * num_parameters)
-
-
-def _narrow_all_linear(config: SpielConfig, model: nn.Module) -> None:
-    """Leaves out of the full names that "all-linear" stood for what peft leaves in: the copies of
-    other adapters' `modules_to_save`, and layers that are not in `layers_to_transform`.
-    """
-    wrappers = [n for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    inside = tuple(f"{name}." for name in wrappers)
-    names = {name for name in config.target_modules or () if not name.startswith(inside)}
-    if config.layers_to_transform is not None:
-        names = {name for name in names if _is_in_layers(config, name)}
-        if not names:
-            raise ValueError(f"no layer is one of layers_to_transform {config.layers_to_transform}")
-    config.target_modules = names  # type: ignore[assignment]
-
-
-def _is_in_layers(config: SpielConfig, name: str) -> bool:
-    # peft asks for the layer of a module only where a target is the end of its name, not all of it.
-    rule = copy.copy(config)
-    rule.target_modules = [name.rpartition(".")[2]]
-    return bool(check_target_module_exists(rule, f".{name}"))
-
-
-def _refuse_shared_weights(model: nn.Module, targets: Mapping[str, Any]) -> None:
-    users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(_place(parameter), []).append(name)
-    for name in targets:
-        module = model.get_submodule(name)
-        layer = module.get_base_layer() if isinstance(module, SpielLinear) else module
-        shared = users[_place(layer.weight)]  # type: ignore[arg-type]
-        if len(shared) > 1:
-            raise ValueError(
-                f"the weight of {name} is shared ({', '.join(shared)}), so its deltas would change "
-                "the other module too; exclude it (exclude_modules) or untie the weights"
-            )
-
-
-def _place(parameter: torch.Tensor) -> int:
-    """The same for parameters whose values stand in the same place in memory."""
-    return parameter.data_ptr() or id(parameter)
-
-
-def _check_saved(config: SpielConfig, shapes: Mapping[str, tuple[int, int]]) -> None:
-    assert config.num_deltas is not None
-    for name in config.num_deltas:
-        if name not in shapes:
-            raise ValueError(
-                f"num_deltas names {name}, which is no targeted module of this model: it must be "
-                "the base model that the adapter was made for"
-            )
-    for name, shape in shapes.items():
-        if name not in config.num_deltas:
-            raise ValueError(f"num_deltas says nothing of the targeted module {name}")
-        saved = (config.weight_shapes or {}).get(name, list(shape))
-        if tuple(saved) != shape:
-            raise ValueError(
-                f"{name}: the adapter was made for a weight of shape {tuple(saved)}, "
-                f"this model's has {shape}"
-            )
-        if not 0 <= config.num_deltas[name] <= shape[0] * shape[1]:
-            raise ValueError(
-                f"{name}: num_deltas {config.num_deltas[name]} is not between 0 and the weight's "
-                f"{shape[0] * shape[1]} entries"
-            )

@@ -37,6 +37,26 @@ def check_support(indices: torch.Tensor, k: int, numel: int, where: str) -> None
         )
 
 
+def check_loaded(
+    indices: torch.Tensor | None, deltas: torch.Tensor | None, k: int, numel: int, where: str
+) -> None:
+    """Raises ValueError, naming `where`, unless these are a support and its deltas, or both None.
+
+    What is on the meta device has no values to check.
+    """
+    if (indices is None) != (deltas is None):
+        missing = "indices" if indices is None else "delta values"
+        raise ValueError(f"{where}: the state dict lacks the {missing}")
+    if indices is not None and not indices.is_meta:
+        check_support(indices, k, numel, where)
+    if deltas is None or deltas.is_meta:
+        return
+    if deltas.shape != (k,):
+        raise ValueError(f"{where}: expected {k} delta values, got {list(deltas.shape)}")
+    if not bool(torch.isfinite(deltas).all()):
+        raise ValueError(f"{where}: the delta values contain NaN or infinity")
+
+
 def random_support(k: int, numel: int) -> torch.Tensor:
     """`k` of `numel` indices, uniformly at random without replacement, sorted, on the CPU.
 

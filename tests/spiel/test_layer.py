@@ -236,6 +236,14 @@ def test_the_output_may_be_changed_in_place(two_layers, adapt, kind):
         assert torch.equal(one, other)
 
 
+def test_a_hook_may_keep_the_base_layers_output(two_layers, adapt):
+    model, kept = adapt(two_layers()), []
+    layer = spiel_layers(model)[1]["first"]
+    layer.base_layer.register_forward_hook(lambda _, args, out: kept.append((out * out).sum()))
+    x = torch.randn(4, 12, requires_grad=True)
+    (model(x).sum() + kept[0]).backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_active_adapters_add_up_where_they_overlap(two_layers, adapt, dense, fill, dtype):
     base = two_layers(dtype=dtype)

@@ -8,7 +8,8 @@ from torch.nn.utils import parametrizations
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import spiel
-from spiel.model import count_parameters, share_out, spiel_layers
+from spiel.budget import count_parameters, share_out
+from spiel.model import spiel_layers
 
 
 def targets(model):

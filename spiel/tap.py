@@ -1,0 +1,55 @@
+"""Tap: gives a linear layer's output a history in which the deltas get their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+class Tapped(Protocol):
+    """What backward asks of the layer; `spiel.layer.SpielLinear` is one."""
+
+    @property
+    def live_adapters(self) -> tuple[str, ...]: ...
+
+    def make_live(self, adapters: Sequence[str] | None = None) -> None: ...
+
+    def delta_gradient(
+        self, adapter: str, x: torch.Tensor, grad_out: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
+class Tap(torch.autograd.Function):
+    """Lets the base layer's output pass, and forms the gradients of the deltas going backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        layer: Tapped,
+        adapters: tuple[str, ...],
+        *deltas: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.layer, ctx.adapters = layer, adapters
+        if any(ctx.needs_input_grad[4:]):
+            ctx.save_for_backward(x)
+        # The same memory with a history of its own. Returned as it is, `out` would be a view, which
+        # nobody could change in place; marked as changed, it would be lost to who else kept it.
+        return out.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # The base layer's backward comes next and reads the weight, which since the forward pass
+        # may have been given to other adapters or been put back.
+        if ctx.layer.live_adapters != ctx.adapters:
+            ctx.layer.make_live(ctx.adapters)
+        gradients = [
+            ctx.layer.delta_gradient(adapter, *ctx.saved_tensors, grad_out) if needed else None
+            for adapter, needed in zip(ctx.adapters, ctx.needs_input_grad[4:], strict=True)
+        ]
+        return grad_out, None, None, None, *gradients

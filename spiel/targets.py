@@ -1,0 +1,84 @@
+"""Which modules SpIEL adapts: what a layer must be, and what "all-linear" stands for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from spiel.config import SpielConfig
+
+#: Dtypes of weights that SpIEL can adapt; in narrower ones deltas would round away.
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def weight_shape(layer: nn.Module, name: str) -> tuple[int, int]:
+    """(rows, cols) of the stored weight of a layer that SpIEL can adapt.
+
+    Raises:
+        TypeError: SpIEL cannot adapt such a layer.
+    """
+    packing = getattr(getattr(layer, "weight", None), "quant_state", None)
+    if packing is not None:
+        rows, cols = packing.shape
+        return rows, cols
+    # A parametrised or quantised weight would not keep what is written into it; a forward pass of
+    # the layer's own may use the weight in a way that backward here knows nothing of.
+    weight = layer._parameters.get("weight")
+    has_own_forward = type(layer).forward not in (nn.Linear.forward, Conv1D.forward)
+    is_attention_part = isinstance(layer, NonDynamicallyQuantizableLinear)
+    if has_own_forward or is_attention_part or weight is None or weight.dtype not in WEIGHT_DTYPES:
+        raise TypeError(
+            f"SpIEL cannot adapt {name}, a {type(layer).__name__}: it adapts torch.nn.Linear and "
+            "transformers' Conv1D with a float weight, and bitsandbytes' Linear4bit; leave this "
+            "module out (target_modules, exclude_modules), or load the model unquantised"
+        )
+    rows, cols = weight.shape
+    return rows, cols
+
+
+def narrow_all_linear(config: SpielConfig, model: nn.Module) -> None:
+    """Leaves out of the full names that "all-linear" stood for what peft leaves in: the copies of
+    other adapters' `modules_to_save`, and layers that are not in `layers_to_transform`.
+    """
+    wrappers = [n for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    inside = tuple(f"{name}." for name in wrappers)
+    names = {name for name in config.target_modules or () if not name.startswith(inside)}
+    if config.layers_to_transform is not None:
+        names = {name for name in names if _is_in_layers(config, name)}
+        if not names:
+            raise ValueError(f"no layer is one of layers_to_transform {config.layers_to_transform}")
+    config.target_modules = names  # type: ignore[assignment]
+
+
+def _is_in_layers(config: SpielConfig, name: str) -> bool:
+    # peft asks for the layer of a module only where a target is the end of its name, not all of it.
+    rule = copy.copy(config)
+    rule.target_modules = [name.rpartition(".")[2]]
+    return bool(check_target_module_exists(rule, f".{name}"))
+
+
+def refuse_shared_weights(model: nn.Module, targets: Iterable[str]) -> None:
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(_place(parameter), []).append(name)
+    for name in targets:
+        module = model.get_submodule(name)
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        shared = users[_place(layer.weight)]  # type: ignore[arg-type]
+        if len(shared) > 1:
+            raise ValueError(
+                f"the weight of {name} is shared ({', '.join(shared)}), so its deltas would change "
+                "the other module too; exclude it (exclude_modules) or untie the weights"
+            )
+
+
+def _place(parameter: torch.Tensor) -> int:
+    """The same for parameters whose values stand in the same place in memory."""
+    return parameter.data_ptr() or id(parameter)
