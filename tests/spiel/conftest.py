@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import spiel
+from spiel.model import spiel_layers
 
 
 class TwoLayers(nn.Module):
@@ -102,3 +103,32 @@ def dense():
         return reference
 
     return make
+
+
+def base_weights(model):
+    """The base model's parameters, as they are in memory now, by their names in it."""
+    layers = spiel_layers(model)[1]
+    return {f"{n}.weight": layer.base_layer.weight.detach().clone() for n, layer in layers.items()}
+
+
+@pytest.fixture(scope="session")
+def assert_pristine():
+    def check(model, base):
+        for name, weight in base_weights(model).items():
+            assert torch.equal(weight, base.get_parameter(name)), name
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def assert_live():
+    def check(model, base):
+        """Every weight holds round(W0 + delta), and nothing else differs from W0."""
+        for name, (indices, values) in spiel.get_deltas(model).items():
+            expected = base.get_parameter(f"{name}.weight").detach().clone().contiguous()
+            flat = expected.view(-1)
+            sums = flat[indices.long()] + values
+            flat[indices.long()] = sums.to(flat.dtype)
+            assert torch.equal(base_weights(model)[f"{name}.weight"], expected), name
+
+    return check

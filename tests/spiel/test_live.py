@@ -1,0 +1,154 @@
+"""Live weights: what the base weight holds, whatever happens to the deltas and to the model."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import spiel
+from spiel.model import spiel_layers
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def set_by_numpy(deltas):
+    deltas.detach().numpy()[:] += 0.5
+
+
+def set_by_data(deltas):
+    deltas.data = torch.randn(len(deltas))
+
+
+def set_by_optimizer(deltas):
+    deltas.grad = torch.randn(len(deltas))
+    torch.optim.SGD([deltas], lr=0.1).step()
+
+
+def set_by_fused_optimizer(deltas):
+    deltas.grad = torch.randn(len(deltas))
+    torch.optim.AdamW([deltas], lr=0.1, fused=True).step()
+
+
+@pytest.mark.parametrize(
+    "change", [set_by_numpy, set_by_data, set_by_optimizer, set_by_fused_optimizer]
+)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_follow_the_deltas_whatever_changed_them(
+    two_layers, adapt, change, training, dtype, assert_live
+):
+    base = two_layers(dtype=dtype)
+    model = adapt(copy.deepcopy(base), density=0.3).train(training)
+    x = torch.randn(4, 12, dtype=dtype)
+    for _ in range(2):
+        with torch.set_grad_enabled(training):
+            before = model(x)
+        for layer in spiel_layers(model)[1].values():
+            change(layer.spiel_deltas["default"])
+        with torch.set_grad_enabled(training):
+            after = model(x)
+        assert not torch.equal(before, after)
+        assert_live(model, base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tiny_updates_add_up(two_layers, adapt, dtype):
+    """Defect 12: each update is far below the weight's resolution, a thousand are not."""
+    base = two_layers(dtype=dtype)
+    base.first.weight.data.fill_(1.0)
+    model = adapt(copy.deepcopy(base), scale=0, target_modules=["first"])
+    layer = spiel_layers(model)[1]["first"]
+    deltas, x = layer.spiel_deltas["default"], torch.randn(2, 12, dtype=dtype)
+    optimizer = torch.optim.SGD([deltas], lr=1e-5)
+    for _ in range(1000):
+        deltas.grad = torch.full_like(deltas, -1.0)
+        optimizer.step()
+        model(x)
+    changed = layer.base_layer.weight.view(-1)[layer.spiel_indices["default"].long()]
+    assert torch.equal(changed, (torch.ones(len(deltas)) + deltas).to(dtype))
+    assert (changed > 1).all()
+
+
+def test_the_deltas_stay_fp32_when_the_model_is_cast(
+    two_layers, adapt, assert_live, assert_pristine
+):
+    base = two_layers()
+    model = adapt(copy.deepcopy(base))
+    before = spiel.get_deltas(model)
+    model(torch.randn(2, 12))
+    for dtype in (torch.bfloat16, torch.float64, torch.float16, torch.float32):
+        model.to(dtype)
+        base.to(dtype)
+        model(torch.randn(2, 12, dtype=dtype)).sum().backward()
+        assert_live(model, base)
+        for name, (_, values) in spiel.get_deltas(model).items():
+            assert values.dtype == torch.float32
+            assert torch.equal(values, before[name][1])
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    assert_live(model, base.to(torch.bfloat16))
+    model.unmerge_adapter()
+    assert_pristine(model, base)
+
+
+def test_moving_to_another_device_and_back(two_layers, adapt):
+    model = adapt(two_layers())
+    model(torch.randn(2, 12))
+    model.to("meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert model(torch.randn(2, 12, device="meta")).shape == (2, 6)
+    model.to_empty(device="cpu")
+    assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"cpu"}
+
+
+def test_an_offloaded_weight_is_told(two_layers, adapt):
+    model = adapt(two_layers())
+    model.base_model.model.first.base_layer.to("meta")
+    with pytest.raises(RuntimeError, match="first: the weight is offloaded"):
+        model(torch.randn(2, 12))
+
+
+def test_a_weight_that_was_replaced_gets_the_deltas_too(two_layers, adapt):
+    base, other = two_layers(), two_layers(seed=5)
+    model = adapt(copy.deepcopy(base))
+    model(torch.randn(2, 12))
+    layer = spiel_layers(model)[1]["first"]
+    old, new = layer.base_layer.weight, nn.Parameter(other.first.weight.detach().clone())
+    layer.base_layer.weight = new
+    model(torch.randn(2, 12))
+    assert torch.equal(old, base.first.weight)
+    layer.put_back()
+    assert torch.equal(new, other.first.weight)
+
+
+def test_writing_into_live_indices_is_told(two_layers, adapt):
+    model = adapt(two_layers())
+    model(torch.randn(2, 12))
+    layer = spiel_layers(model)[1]["first"]
+    layer.spiel_indices["default"].add_(1)
+    with pytest.raises(RuntimeError, match=r"use spiel\.set_support"):
+        model.state_dict()
+
+
+def test_deterministic_algorithms_are_enough(two_layers, adapt):
+    model = adapt(two_layers())
+    torch.use_deterministic_algorithms(True)
+    try:
+        model(torch.randn(2, 12)).sum().backward()
+        model.merge_adapter()
+        model.unmerge_adapter()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_inference_mode_first_then_training(two_layers, adapt, assert_pristine):
+    base = two_layers()
+    model = adapt(copy.deepcopy(base))
+    x = torch.randn(2, 12)
+    with torch.inference_mode():
+        out = model(x)
+    torch.testing.assert_close(model(x), out.clone())
+    model(x).sum().backward()
+    with model.disable_adapter():
+        assert_pristine(model, base)
