@@ -197,7 +197,7 @@ STEPS = [name for name in vars(Walk) if not name.startswith("_")]
 
 @pytest.mark.filterwarnings("ignore:Adapter cannot be set", "ignore:A.* merged")
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(STEPS), max_size=14), st.sampled_from(DTYPES))
+@given(steps=st.lists(st.sampled_from(STEPS), max_size=14), dtype=st.sampled_from(DTYPES))
 def test_no_order_of_operations_loses_a_bit(
     two_layers, adapt, fill, steps, dtype, assert_live, assert_pristine
 ):
