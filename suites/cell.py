@@ -54,8 +54,9 @@ def _work(
         set_seed(cell.seed)
         tokenizer = load_tokenizer(suite.model)
         model = load_model(suite.model, device)
-        examples = load_examples(suite.data, tokenizer)
-        collate = Collator(tokenizer.pad_token_id)
+        vocab_size = model.get_input_embeddings().num_embeddings
+        examples = load_examples(suite.data, tokenizer, vocab_size)
+        collate = Collator.of(tokenizer)
 
     num_weights, asked = model.num_parameters(), suite.budget.num_weights(model)
     with meter.phase("prepare"):
@@ -75,6 +76,7 @@ def _work(
             suite.task_folder,
             suite.eval_batch_size,
             suite.limit,
+            allow_code_execution=suite.allow_code_execution,
         )
     parts["scores"] = {task.name: task_score(task, scores[task.name]) for task in tasks}
 

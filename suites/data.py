@@ -1,143 +1,221 @@
-"""Training data: JSONL rows -> tokenised examples with the prompt masked -> batches."""
+"""Training data: rows -> tokenised examples with the prompt masked -> batches."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from suites.formats import Text, texts
+from suites.rows import read_rows
+from suites.sources import RANDOM_TOKENS
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from suites.suite import DataSource
+    from suites.sources import DataSource
 
 #: A label that the loss leaves out (torch's and transformers' convention).
 IGNORED = -100
 
-FIELDS = ("prompt", "completion")
+#: Texts tokenised at once: enough to keep every core busy, few enough to be held in memory.
+BATCH = 1000
 
 #: `input_ids` and `labels`: lists of token ids, equally long; labels of the prompt are IGNORED.
 Example = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """One example, held in a tenth of the memory that lists take."""
+
+    #: int32, (length,)
+    ids: np.ndarray
+    #: [start, end) in tokens, of what is learnt.
+    targets: tuple[tuple[int, int], ...]
+
+    def example(self) -> Example:
+        ids = self.ids.tolist()
+        labels = [IGNORED] * len(ids)
+        for start, end in self.targets:
+            labels[start:end] = ids[start:end]
+        return {"input_ids": ids, "labels": labels}
+
+    def cut(self, length: int) -> Tokens:
+        """The first `length` tokens, and the targets that lie in them."""
+        targets = ((start, min(end, length)) for start, end in self.targets if start < length)
+        return Tokens(self.ids[:length], tuple(targets))
+
+
+@dataclass(frozen=True)
 class Examples(Sequence[Example]):
     """The tokenised examples of one source, in its order, and what was left out of them."""
 
-    items: tuple[Example, ...]
-    #: Rows whose completion lay wholly beyond max_length, so that nothing was left to learn.
+    tokens: tuple[Tokens, ...]
+    #: Rows in which nothing was to be learnt, as it lay beyond max_length or was never there, and
+    #: rows of more than max_characters.
     num_dropped: int
     #: Rows that were cut at max_length and kept.
     num_truncated: int
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.tokens)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.items[index]
+        if isinstance(index, slice):
+            return [tokens.example() for tokens in self.tokens[index]]
+        return self.tokens[index].example()
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(example["input_ids"]) for example in self.items)
+        return sum(len(tokens.ids) for tokens in self.tokens)
 
     @property
     def num_target_tokens(self) -> int:
-        return sum(label != IGNORED for example in self.items for label in example["labels"])
+        return sum(end - start for tokens in self.tokens for start, end in tokens.targets)
 
 
-def load_examples(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> Examples:
-    """Reads and tokenises `source`: prompt, completion and EOS, cut at `source.max_length` tokens.
+def load_examples(
+    source: DataSource, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int | None = None
+) -> Examples:
+    """Reads and tokenises `source`, cut at `source.max_length` tokens.
 
-    Raises ValueError for a file that is missing, empty or broken, naming the line, and for one of
-    which max_length leaves nothing.
+    `vocab_size` is needed for RANDOM_TOKENS alone, which need no tokenizer. Raises ValueError for
+    a source that is missing, empty or broken, naming the line, and for one of which nothing is
+    left to learn.
     """
-    rows = list(read_rows(Path(source.path)))
-    if not rows:
-        raise ValueError(f"{source.path} has no rows, at least one is needed")
-    examples = list(_tokenise(rows, tokenizer))
-    cut = [
-        {name: ids[: source.max_length] for name, ids in example.items()} for example in examples
-    ]
-    kept = [
-        index
-        for index, example in enumerate(cut)
-        if any(label != IGNORED for label in example["labels"])
-    ]
+    if source.path == RANDOM_TOKENS:
+        return random_examples(source, vocab_size)
+    if tokenizer is None:
+        raise ValueError(f"data {source.path} need a model with a tokenizer, not only a shape")
+    found = texts(read_rows(source), source, tokenizer)
+    limit = source.max_characters
+    short = [text for text in found if limit is None or len(text.text) <= limit]
+    kept, num_truncated, longest = [], 0, 0
+    for tokens in tokenise(short, tokenizer):
+        longest = max(longest, len(tokens.ids))
+        cut = tokens.cut(source.max_length)
+        if cut.targets:
+            kept.append(cut)
+            num_truncated += len(tokens.ids) > source.max_length
     if not kept:
+        why = "none has anything to learn"
+        if longest > source.max_length:
+            why = f"max_length {source.max_length} cuts off every completion"
         raise ValueError(
-            f"{source.path}: max_length {source.max_length} cuts off every completion; "
-            f"the longest row has {max(len(e['input_ids']) for e in examples)} tokens"
+            f"{source.path}: all {len(found)} rows are dropped: {why}; "
+            f"the longest has {longest} tokens"
         )
-    return Examples(
-        items=tuple(cut[index] for index in kept),
-        num_dropped=len(cut) - len(kept),
-        num_truncated=sum(
-            len(cut[index]["labels"]) < len(examples[index]["labels"]) for index in kept
-        ),
+    return Examples(tuple(kept), len(found) - len(kept), num_truncated)
+
+
+def random_examples(source: DataSource, vocab_size: int | None) -> Examples:
+    """`num_examples` rows of `max_length` random ids, all learnt; the same for the same source."""
+    if vocab_size is None:
+        raise ValueError("random tokens need the model's vocab_size")
+    ids = np.random.default_rng(source.choice_seed).integers(
+        vocab_size, size=(source.num_examples, source.max_length), dtype=np.int32
     )
+    return Examples(tuple(Tokens(row, ((0, source.max_length),)) for row in ids), 0, 0)
 
 
-def read_rows(path: Path) -> Iterator[Mapping[str, str]]:
-    """The rows of a JSONL file, checked one by one; empty lines are skipped."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file; JSONL with {' and '.join(FIELDS)} is needed")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _row(line, f"{path}, line {number}")
+def tokenise(found: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
+    """Every text at full length.
 
-
-def _row(line: str, where: str) -> Mapping[str, str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: broken JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a JSON object is needed, got {type(row).__name__}")
-    for name in FIELDS:
-        if name not in row:
-            raise ValueError(
-                f"{where}: field {name!r} is missing; needed: {', '.join(FIELDS)}; "
-                f"there: {', '.join(row) or 'none'}"
-            )
-        if not isinstance(row[name], str):
-            raise ValueError(
-                f"{where}: field {name!r} must be a string, got {type(row[name]).__name__}"
-            )
-    return row
-
-
-def _tokenise(
-    rows: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[Example]:
-    """Examples of full length.
-
-    Prompt and completion are tokenised as one string, as lm-eval does, so that a word at their
-    seam gets the tokens it will get at test time. A token that spans the seam is learnt.
+    A text is tokenised whole, as lm-eval does, so that a word at the seam of prompt and
+    completion gets the tokens it will get at test time. A token that spans the seam is learnt.
     """
-    prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
-    wholes = tokenizer([row["prompt"] + row["completion"] for row in rows])["input_ids"]
-    for prompt, whole in zip(prompts, wholes, strict=True):
-        masked = _common_prefix(prompt, whole)
-        ids = whole if whole[-1:] == [tokenizer.eos_token_id] else [*whole, tokenizer.eos_token_id]
-        yield {"input_ids": ids, "labels": [IGNORED] * masked + ids[masked:]}
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token
+    for first in range(0, len(found), BATCH):
+        batch = found[first : first + BATCH]
+        # A chat template may write the BOS itself; a second one would be wrong.
+        marked = [bos is not None and text.text.startswith(bos) for text in batch]
+        encoded = {
+            has_bos: _encode(
+                [text.text for text, has in zip(batch, marked, strict=True) if has == has_bos],
+                tokenizer,
+                add_special_tokens=not has_bos,
+            )
+            for has_bos in set(marked)
+        }
+        for text, has_bos in zip(batch, marked, strict=True):
+            ids, place = next(encoded[has_bos])
+            targets = [(place(start), place(end, after=True)) for start, end in text.targets]
+            if text.ends and targets:
+                ids = ids if ids[-1] == eos else [*ids, eos]
+                targets[-1] = (targets[-1][0], len(ids))
+            spans = tuple((start, end) for start, end in targets if start < end)
+            yield Tokens(np.array(ids, dtype=np.int32), spans)
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    for index, (left, right) in enumerate(zip(a, b, strict=False)):
-        if left != right:
-            return index
-    return min(len(a), len(b))
+def _encode(
+    batch: Sequence[str], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool
+) -> Iterator[tuple[list[int], Any]]:
+    """Ids of each text, and a function from its characters to the tokens that hold them."""
+    encoded = tokenizer(list(batch), add_special_tokens=add_special_tokens)
+    for index, text in enumerate(batch):
+        ids = encoded["input_ids"][index]
+        if encoded.is_fast:
+            yield ids, _Places(text, encoded.encodings[index])
+        else:
+            yield ids, _SlowPlaces(text, ids, tokenizer)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Finds the token of a character by the offsets that fast tokenizers keep."""
+
+    text: str
+    encoding: Any
+
+    def __call__(self, position: int, after: bool = False) -> int:
+        """The first token that holds `text[position:]`; with `after`, none of what is before."""
+        for place in range(position, len(self.text)):
+            token = self.encoding.char_to_token(place)
+            if token is not None:
+                spans = after and self.encoding.token_to_chars(token)[0] < position
+                return token + 1 if spans else token
+        of_text = [i for i, of in enumerate(self.encoding.sequence_ids) if of is not None]
+        return of_text[-1] + 1 if of_text else 0
+
+
+@dataclass(frozen=True)
+class _SlowPlaces:
+    """Finds the token of a character by tokenising what is before it."""
+
+    text: str
+    ids: list[int]
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, position: int, after: bool = False) -> int:
+        """As for `_Places`."""
+        before = self.tokenizer(self.text[:position], add_special_tokens=False)["input_ids"]
+        if self.ids[:1] == [self.tokenizer.bos_token_id] != before[:1]:
+            before = [self.tokenizer.bos_token_id, *before]
+        for index, (left, right) in enumerate(zip(before, self.ids, strict=False)):
+            if left != right:
+                return index + 1 if after else index
+        return len(before)
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Examples -> one batch, padded on the right to its longest."""
+    """Examples -> one batch, padded to its longest.
+
+    Padding is never learnt nor attended to. On the right positions count from the first token;
+    on the left, for models that take positions as absolute, they would not.
+    """
 
     pad_token_id: int
+    padding_side: Literal["right", "left"] = "right"
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase | None) -> Collator:
+        """Pads with the tokenizer's padding; where there is none all rows are equally long."""
+        return cls(0 if tokenizer is None else tokenizer.pad_token_id)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and `labels`, each (examples, longest) and int64."""
@@ -146,7 +224,10 @@ class Collator:
         longest = max(len(example["input_ids"]) for example in examples)
 
         def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
-            return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
+            pads = [[filler] * (longest - len(row)) for row in rows]
+            if self.padding_side == "left":
+                return torch.tensor([pad + row for pad, row in zip(pads, rows, strict=True)])
+            return torch.tensor([row + pad for pad, row in zip(pads, rows, strict=True)])
 
         ids = [example["input_ids"] for example in examples]
         return {

@@ -3,38 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import logging
+import os
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from suites import hub, questions
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from suites.suite import Task
-
-#: Decides which examples are shown before the question where a task shows any; lm-eval's default.
-FEWSHOT_SEED = 1234
-
-#: lm-eval's names for the loaders of `datasets` that read files, of which ours may be relative.
-FILE_LOADERS = ("json", "csv", "parquet", "text")
+    from suites.sources import Task
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one task gave by one metric."""
+    """What one task gave by one metric.
+
+    Of a group or tag the items are those of its subtasks, one subtask after the other, and the
+    value is the mean over all items where the group says so (as `mmlu`), else the mean of the
+    subtasks' values (as `tydiqa_goldp`, whose languages count alike).
+    """
 
     value: float
     metric: str
     #: The metric of each item (1.0 or 0.0 for accuracy), in the order of the task's items.
     per_item: tuple[float, ...]
-    #: lm-eval's number of each of those items.
+    #: lm-eval's number of each of those items, counted in its subtask.
     doc_ids: tuple[int, ...]
+    #: The number of items of each subtask, in their order; of a task that has no others, itself.
+    subtasks: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_items(self) -> int:
@@ -49,86 +52,102 @@ def evaluate(
     batch_size: int,
     limit: int | None = None,
     show_progress: bool = False,
+    allow_code_execution: bool = False,
 ) -> dict[str, Score]:
     """Runs lm-eval's `tasks` on `model` (a transformers or peft model) as it stands.
 
-    Tasks are those of the YAML files below `task_folder`, or lm-eval's own if it is None. `limit`
-    asks only the first so many items of each. The model's training mode and the random
-    generators are left as they were. Raises ValueError for a task or a metric that there is not.
+    Tasks, groups and tags are found by `suites.questions`. `limit` asks only the first so many
+    items of each subtask. The model's training mode and the random generators are left as they
+    were. Raises ValueError for a task or a metric that there is not, for data that cannot be
+    had, and for a task that runs code unless that is allowed.
     """
+    if not tasks:
+        return {}
     with _quiet(show_progress), _same_random_state(), _same_mode(model):
-        from lm_eval import evaluate as run_tasks
         from lm_eval.models.huggingface import HFLM
 
-        loaded = _load_tasks(tasks, task_folder)
+        if any(questions.hub_data(task.name, task_folder) for task in tasks):
+            hub.stay_offline_if_unreachable()
         harness = HFLM(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size
         )
-        # bootstrap_iters=0: intervals are ours to compute, from the items.
-        results = run_tasks(harness, {"tasks": loaded}, limit=limit, bootstrap_iters=0)
-    return {task.name: _score(task, results) for task in tasks}
+        return {
+            task.name: _ask(harness, task, task_folder, limit, allow_code_execution)
+            for task in tasks
+        }
 
 
-def _load_tasks(tasks: Sequence[Task], task_folder: str | None) -> dict[str, Any]:
-    """Task name -> lm-eval's task, its data loaded."""
-    from lm_eval.tasks import TaskManager
+def _ask(
+    harness: Any, task: Task, task_folder: str | None, limit: int | None, allow_code: bool
+) -> Score:
+    """One task by itself, so that what is set for it is set for no other."""
+    from lm_eval import evaluate as run_tasks
 
-    if task_folder is not None and not Path(task_folder).is_dir():
-        raise ValueError(f"task folder {task_folder} is no folder of lm-eval YAML files")
-    # Reading all of lm-eval's own tasks takes seconds, so they are read only if asked for.
-    manager = TaskManager(include_path=task_folder, include_defaults=task_folder is None)
-    loaded = {}
-    for task in tasks:
-        if task.name not in manager.all_subtasks:
-            near = difflib.get_close_matches(task.name, manager.all_subtasks, n=5, cutoff=0.0)
-            where = task_folder or "lm-eval"
-            raise ValueError(f"{where} has no task {task.name!r}; nearest: {', '.join(near)}")
-        # In a group, a task may be named together with what is different about it.
-        changed = {"task": task.name, **_data_files(manager.task_index[task.name])}
-        group = manager.load({"group": f"only {task.name}", "task": [changed]})
-        loaded[task.name] = group["tasks"][task.name]
-        if task.num_fewshot is not None:
-            loaded[task.name].set_config("num_fewshot", task.num_fewshot)
-        loaded[task.name].set_fewshot_seed(FEWSHOT_SEED)
-    return loaded
-
-
-def _data_files(entry: Any) -> dict[str, Any]:
-    """The task's `dataset_kwargs` with data files found from its YAML file, if it names any.
-
-    `datasets` would look for them from the working directory. A path that is not there from the
-    YAML file is left for it to look for.
-    """
-    options = entry.cfg.get("dataset_kwargs") or {}
-    if entry.cfg.get("dataset_path") not in FILE_LOADERS or "data_files" not in options:
-        return {}
-
-    def found(files: Any) -> Any:
-        if isinstance(files, dict):
-            return {split: found(names) for split, names in files.items()}
-        if isinstance(files, list):
-            return [found(name) for name in files]
-        path = entry.yaml_path.parent / files
-        return str(path.resolve()) if path.exists() else files
-
-    return {"dataset_kwargs": {**options, "data_files": found(options["data_files"])}}
+    with _code_execution(task, allow_code):
+        loaded = questions.load(task, task_folder)
+        results = run_tasks(
+            harness,
+            {"tasks": loaded},
+            limit=limit,
+            bootstrap_iters=0,  # intervals are ours to compute, from the items
+            apply_chat_template=task.apply_chat_template,
+            fewshot_as_multiturn=task.apply_chat_template,
+            confirm_run_unsafe_code=allow_code,
+        )
+    parts = {name: _score(name, task.metric, results) for name in loaded}
+    if list(parts) == [task.name]:
+        return parts[task.name]
+    return _pooled(task, parts, questions.weighs_by_size(task, task_folder))
 
 
-def _score(task: Task, results: dict[str, Any]) -> Score:
-    """The task's Score; `task.metric` is "metric,filter", as in lm-eval's results."""
-    values = results["results"][task.name]
-    if task.metric not in values:
+def _score(name: str, key: str, results: Mapping[str, Any]) -> Score:
+    """The Score of the subtask `name`; `key` is "metric,filter", as in lm-eval's results."""
+    values = results["results"][name]
+    if key not in values:
         there = ", ".join(key for key in values if "," in key and "_stderr" not in key)
-        raise ValueError(f"task {task.name} has no metric {task.metric!r}; it has: {there}")
-    metric, _, name = task.metric.partition(",")
-    samples = [sample for sample in results["samples"][task.name] if sample["filter"] == name]
+        raise ValueError(f"task {name} has no metric {key!r}; it has: {there}")
+    metric, _, chosen = key.partition(",")
+    samples = [sample for sample in results["samples"][name] if sample["filter"] == chosen]
     samples.sort(key=lambda sample: sample["doc_id"])
+    if any(isinstance(sample[metric], list | tuple) for sample in samples):
+        raise ValueError(f"metric {key!r} of task {name} is no mean over items, so none is kept")
     return Score(
-        value=float(values[task.metric]),
-        metric=task.metric,
+        value=float(values[key]),
+        metric=key,
         per_item=tuple(float(sample[metric]) for sample in samples),
         doc_ids=tuple(sample["doc_id"] for sample in samples),
+        subtasks={name: len(samples)},
     )
+
+
+def _pooled(task: Task, parts: Mapping[str, Score], by_size: bool) -> Score:
+    weights = [part.num_items if by_size else 1 for part in parts.values()]
+    values = [part.value for part in parts.values()]
+    return Score(
+        value=statistics.fmean(values, weights),
+        metric=task.metric,
+        per_item=tuple(item for part in parts.values() for item in part.per_item),
+        doc_ids=tuple(number for part in parts.values() for number in part.doc_ids),
+        subtasks={name: part.num_items for name, part in parts.items()},
+    )
+
+
+@contextlib.contextmanager
+def _code_execution(task: Task, allowed: bool) -> Iterator[None]:
+    """Lets `task` run code that the model wrote, if it does so and that is allowed."""
+    if not task.runs_code:
+        yield
+        return
+    if not allowed:
+        raise ValueError(f"task {task.name} runs code that the model wrote, which is not allowed")
+    before = os.environ.get("HF_ALLOW_CODE_EVAL")
+    os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["HF_ALLOW_CODE_EVAL"]
+        if before is not None:
+            os.environ["HF_ALLOW_CODE_EVAL"] = before
 
 
 @contextlib.contextmanager

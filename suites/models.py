@@ -1,79 +1,170 @@
-"""Models and tokenizers, from a local folder or from the hub, by the same from_pretrained.
-
-A folder that exists is always meant before a hub repository of the same name.
-"""
+"""Models and tokenizers: a local folder or the hub by the same from_pretrained, or a mere shape."""
 
 from __future__ import annotations
 
-import logging
-import re
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from suites.formats import TULU_TEMPLATE
+from suites.hub import whereabouts
+from suites.shapes import SHAPES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from suites.suite import ModelSource
-
-#: The hub's rule for repository ids: "name" or "owner/name".
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-HUB_TIMEOUT_SECONDS = 3
-
-log = logging.getLogger(__name__)
+    from suites.sources import ModelSource
 
 
 def load_model(source: ModelSource, device: str) -> PreTrainedModel:
     """The causal language model of `source` in its dtype, on `device`, in evaluation mode.
 
-    Raises ValueError if there is none, see `whereabouts`.
+    Made ready to be trained: it keeps no cache of keys and values in its forward pass. Raises
+    ValueError if there is no such model, see `suites.hub.whereabouts`.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
-    options = whereabouts(source.path)
-    model = AutoModelForCausalLM.from_pretrained(
-        source.path, dtype=getattr(torch, source.dtype), **options
-    )
-    return model.to(device)
+    if source.shape_only:
+        model = random_model(source, device)
+    else:
+        options = {**_weights(source), **whereabouts(source.path)}
+        if source.quantize:  # from_pretrained quantises where the weights shall lie
+            options["device_map"] = {"": device}
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path, trust_remote_code=source.trust_remote_code, **options
+        )
+        _keep_exact(model)
+        model = model if source.quantize else model.to(device)
+    # generate() asks for its own cache; the Trainer would hold one for nothing.
+    model.config.use_cache = False
+    return model.eval()
 
 
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model, able to pad: with EOS where it has no padding token."""
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the model, able to pad and to write conversations.
+
+    It pads with EOS where it has no padding token, and gets Tulu's chat template where it has
+    none. None for one of `suites.shapes`, which has no tokenizer.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source.path, **whereabouts(source.path))
+    if source.shape_only and source.path in SHAPES:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(
+        source.path, trust_remote_code=source.trust_remote_code, **whereabouts(source.path)
+    )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {source.path} has no EOS token, which ends an example")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = TULU_TEMPLATE
     return tokenizer
 
 
-def whereabouts(path: str) -> dict[str, bool]:
-    """What from_pretrained has to be told to find `path`, checked before it tries for long.
+def random_model(source: ModelSource, device: str) -> PreTrainedModel:
+    """A model of `source`'s shape with random weights, made in their dtype on `device`.
 
-    The answer for a local folder, or for a hub repository that is in the hub's cache while the
-    hub is out of reach, is {"local_files_only": True}. Raises ValueError if `path` is neither a
-    folder, nor cached, nor a repository that the hub lets us read.
+    No weight is ever held in another dtype or place, but for one at a time that is quantised.
     """
-    if path and Path(path).is_dir():  # Path("") is the working directory
-        if not (Path(path) / "config.json").is_file():
-            raise ValueError(f"{path} is a folder without config.json, so it holds no model")
-        return {"local_files_only": True}
-    if not HUB_ID.fullmatch(path):
-        raise ValueError(f"model path {path!r} is neither a folder nor a hub id, as owner/name")
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
 
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    config = _config(source)
+    options = _weights(source)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=options["dtype"])
+    if source.quantize:
+        model = _empty_4bit(model, options["quantization_config"])
+    _fill(model, config.initializer_range, device)
+    _keep_exact(model)
+    return model
 
-    try:
-        HfApi().model_info(path, timeout=HUB_TIMEOUT_SECONDS)
-    except Exception as error:  # offline errors have no class in common, not even OSError
-        if isinstance(try_to_load_from_cache(path, "config.json"), str):
-            log.warning("the hub cannot be asked for %s, its cached copy is used", path)
-            return {"local_files_only": True}
-        raise ValueError(
-            f"model {path} cannot be had from the hub ({type(error).__name__}) and is not in its "
-            "cache; the path of a local model folder would do instead"
-        ) from error
-    return {}
+
+def _config(source: ModelSource) -> PretrainedConfig:
+    from transformers import AutoConfig, LlamaConfig
+
+    if source.path in SHAPES:
+        return LlamaConfig(**SHAPES[source.path])
+    return AutoConfig.from_pretrained(
+        source.path, trust_remote_code=source.trust_remote_code, **whereabouts(source.path)
+    )
+
+
+def _weights(source: ModelSource) -> dict[str, Any]:
+    """The options of from_pretrained that say how weights are held."""
+    import torch
+
+    dtype = getattr(torch, source.dtype)
+    if source.quantize is None:
+        return {"dtype": dtype}
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("4-bit weights need bitsandbytes; install the extra `quantized`")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"dtype": dtype, "quantization_config": quantization}
+
+
+def _keep_exact(model: PreTrainedModel) -> None:
+    """Forbids bitsandbytes to repack 4-bit weights for a CPU's own bfloat16 instructions.
+
+    It would do so in place and with loss, in the first evaluation; training after it is wrong.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _empty_4bit(model: PreTrainedModel, quantization: Any) -> PreTrainedModel:
+    """`model`, its weights on the meta device, with the layers that from_pretrained would give."""
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers import AutoHfQuantizer
+
+    head = [name for name, module in model.named_modules() if module is model.lm_head]
+    model = replace_with_bnb_linear(model, head, quantization)
+    model.is_loaded_in_4bit = model.is_quantized = True
+    model.config.quantization_config = quantization
+    model.hf_quantizer = AutoHfQuantizer.from_config(quantization)
+    return model
+
+
+def _fill(model: PreTrainedModel, spread: float, device: str) -> None:
+    """Puts random values (of standard deviation `spread`) where `model` has none yet."""
+    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # tied weights are one
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in made:
+                made[parameter] = _random(module, parameter, spread, device)
+            setattr(module, name, made[parameter])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
+    model.tie_weights()
+
+
+def _random(
+    module: torch.nn.Module, parameter: torch.nn.Parameter, spread: float, device: str
+) -> torch.nn.Parameter:
+    import torch
+
+    if hasattr(module, "quant_state"):  # a Linear4bit, whose meta weight has no quantised form
+        shape, dtype = (module.out_features, module.in_features), module.compute_dtype
+    else:
+        shape, dtype = parameter.shape, parameter.dtype
+    values = torch.empty(shape, dtype=dtype, device=device)
+    if len(shape) == 1:
+        values.fill_(0.0 if parameter is getattr(module, "bias", None) else 1.0)
+    else:
+        values.normal_(0.0, spread)
+    if hasattr(module, "quant_state"):
+        kind = type(parameter)
+        return kind(values, requires_grad=False, quant_type="nf4", compress_statistics=True).to(
+            device
+        )
+    return torch.nn.Parameter(values)

@@ -6,66 +6,19 @@ Nothing here imports torch: `--help` and `--list` read suites and must answer at
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from suites.budget import Budget
 from suites.embedded import World
+from suites.sources import RANDOM_TOKENS, SPLITS, DataSource, ModelSource, Task
+from suites.values import added, hashed_values, require, short_hash
 
 #: A path that starts so lies in the folder that the suite's embedded world was written to.
 WORLD = "{world}"
-
-DTYPES = ("float32", "bfloat16", "float16")
-SPLITS = ("dev", "test")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where the base model comes from: a hub id or a local folder, and its dtype."""
-
-    path: str
-    dtype: str = "bfloat16"
-
-    def __post_init__(self) -> None:
-        _require(self.dtype in DTYPES, f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """Training examples: a JSONL file whose rows have `prompt` and `completion` strings."""
-
-    path: str
-    max_length: int = 2048
-
-    def __post_init__(self) -> None:
-        _require(self.max_length > 0, f"max_length must be positive, got {self.max_length}")
-
-
-@dataclass(frozen=True)
-class Task:
-    """One lm-eval task and the metric read from it, by lm-eval's own key (as `acc,none`).
-
-    `role` is what its score says of a method: `target` is what the fine-tuning was for,
-    `retention` what the base model could do before.
-    """
-
-    name: str
-    metric: str
-    role: Literal["target", "retention"]
-    split: Literal["dev", "test"] = "test"
-    num_fewshot: int | None = None
-
-    def __post_init__(self) -> None:
-        _require(self.role in ("target", "retention"), f"role {self.role!r} is unknown")
-        _require(self.split in SPLITS, f"split {self.split!r} is not one of {', '.join(SPLITS)}")
 
 
 @dataclass(frozen=True)
@@ -82,40 +35,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "gradient_accumulation_steps"):
             value = getattr(self, name)
-            _require(value > 0, f"{name} must be positive, got {value}")
-        _require(0 <= self.warmup_ratio < 1, f"warmup_ratio {self.warmup_ratio} is not in [0, 1)")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How many weights a method may train: as many as LoRA of `lora_rank` on `target_modules`.
-
-    Methods solve for their own size; the definition by LoRA's rank is that of the SpIEL paper
-    (arXiv 2401.16405, section 4.1).
-    """
-
-    lora_rank: int
-    target_modules: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        _require(self.lora_rank > 0, f"lora_rank must be positive, got {self.lora_rank}")
-        _require(len(self.target_modules) > 0, "target_modules is empty")
-
-    @property
-    def label(self) -> str:
-        return f"r{self.lora_rank}"
-
-    def num_weights(self, model: Any) -> int:
-        """Trainable weights this budget allows on `model`: rank x sum(in + out) of its targets."""
-        sides = [
-            sum(module.weight.shape)
-            for name, module in model.named_modules()
-            if name.split(".")[-1] in self.target_modules and hasattr(module, "weight")
-        ]
-        if not sides:
-            wanted = ", ".join(self.target_modules)
-            raise ValueError(f"the model has none of the targeted modules: {wanted}")
-        return self.lora_rank * sum(sides)
+            require(value > 0, f"{name} must be positive, got {value}")
+        require(0 <= self.warmup_ratio < 1, f"warmup_ratio {self.warmup_ratio} is not in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -126,7 +47,7 @@ class Tuning:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        require(self.lr > 0, f"lr must be positive, got {self.lr}")
 
 
 @dataclass(frozen=True)
@@ -148,18 +69,31 @@ class Suite:
     limit: int | None = None
     #: Sequences that lm-eval gives the model at once.
     eval_batch_size: int = 64
+    #: Tasks that run code the model wrote are part of the suite only if this is set.
+    allow_code_execution: bool = added(False)
+    #: How long the suite takes on a machine without a GPU, said before it starts there.
+    cpu_note: str = ""
 
     def __post_init__(self) -> None:
-        _require(any(task.role == "target" for task in self.tasks), f"{self.name}: no target task")
-        _require(len(self.seeds) > 0, f"{self.name}: no seeds")
-        _require(self.limit is None or self.limit > 0, f"limit must be positive, got {self.limit}")
-        _require(
+        targets = [task for task in self.tasks if task.role == "target"]
+        require(
+            bool(targets) or (not self.tasks and self.data.path == RANDOM_TOKENS),
+            f"{self.name}: no target task",
+        )
+        for split in SPLITS:
+            names = [task.name for task in self.tasks if task.split == split]
+            require(len(set(names)) == len(names), f"{self.name}: a {split} task stands twice")
+        require(len(self.seeds) > 0, f"{self.name}: no seeds")
+        require(self.limit is None or self.limit > 0, f"limit must be positive, got {self.limit}")
+        require(
             self.eval_batch_size > 0,
             f"eval_batch_size must be positive, got {self.eval_batch_size}",
         )
 
     def tasks_of(self, split: str) -> tuple[Task, ...]:
-        return tuple(task for task in self.tasks if task.split == split)
+        """The tasks that judge a run on `split`; none that runs code unless that is allowed."""
+        allowed = [task for task in self.tasks if self.allow_code_execution or not task.runs_code]
+        return tuple(task for task in allowed if task.split == split)
 
     def to_dict(self) -> dict[str, Any]:
         """The suite as plain JSON values."""
@@ -172,8 +106,8 @@ class Suite:
         Seeds and tunings are the cells' own, so a suite with one more method or seed still
         compares with what was measured before.
         """
-        values = self.to_dict()
-        for name in ("seeds", "tunings", "grids", "description"):
+        values = hashed_values(self)
+        for name in ("seeds", "tunings", "grids", "description", "cpu_note"):
             del values[name]
         return short_hash(values)
 
@@ -190,9 +124,3 @@ def placed(suite: Suite, world: Path | None) -> Suite:
         data=dataclasses.replace(suite.data, path=place(suite.data.path)),
         task_folder=None if suite.task_folder is None else place(suite.task_folder),
     )
-
-
-def short_hash(values: Any) -> str:
-    """Twelve hexadecimal digits of the SHA-256 of `values` as sorted JSON."""
-    text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

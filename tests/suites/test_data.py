@@ -38,10 +38,10 @@ def row(prompt: str, completion: str) -> dict[str, str]:
 def test_prompt_is_masked_and_eos_learnt(write, tokenizer):
     path = write(row("who is it", " me"), row("who", " it is you"))
     examples = load_examples(DataSource(path), tokenizer)
-    assert examples.items == (
+    assert list(examples) == [
         {"input_ids": [BOS, WHO, IS, IT, ME, EOS], "labels": [IGNORED] * 4 + [ME, EOS]},
         {"input_ids": [BOS, WHO, IT, IS, YOU, EOS], "labels": [IGNORED] * 2 + [IT, IS, YOU, EOS]},
-    )
+    ]
     assert (examples.num_dropped, examples.num_truncated) == (0, 0)
     assert (examples.num_tokens, examples.num_target_tokens) == (12, 6)
 

@@ -1,0 +1,207 @@
+"""What of a suite lies on the hub, and whether it can be had: asked before anything starts.
+
+A folder that exists is always meant before a hub repository of the same name.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from suites.shapes import SHAPES
+from suites.sources import RANDOM_TOKENS
+
+if TYPE_CHECKING:
+    from suites.suite import Suite
+
+#: The hub's rule for repository ids: "name" or "owner/name".
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+TIMEOUT_SECONDS = 2.0
+
+#: Endings of files with weights: a cached model without any was never loaded whole.
+WEIGHTS = (".safetensors", ".bin")
+
+#: How a message names the flag that takes a local path instead.
+MODEL_INSTEAD = "--model takes a local model folder"
+DATA_INSTEAD = "--data takes a local file or folder"
+TASK_INSTEAD = "--task-folder DIR takes a copy of it in DIR/{id}"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A hub repository that a suite needs: "model", "dataset" or "space"."""
+
+    kind: str
+    id: str
+    #: What needs it, and what would do instead.
+    use: str
+    instead: str
+
+    def line(self, problem: str) -> str:
+        return f"{self.use} {self.id}: {problem}; {self.instead.format(id=self.id)}"
+
+
+def is_id(path: str) -> bool:
+    return HUB_ID.fullmatch(path) is not None
+
+
+def missing_from_hub(suite: Suite) -> list[str]:
+    """One line for each thing that `suite` needs from the hub and cannot have, local paths named.
+
+    Empty if nothing is missing. The hub is asked for all of them at once, for at most
+    `TIMEOUT_SECONDS`; with HF_HUB_OFFLINE set, or the hub out of reach, only what the hub's cache
+    holds counts. Raises ValueError for a task that there is not.
+    """
+    wanted = [*_model(suite), *_data(suite), *_tasks(suite)]
+    problems: dict[Wanted, str | None] = {}
+
+    def ask(item: Wanted) -> None:
+        problems[item] = problem(item.kind, item.id)
+
+    # Daemons, because a name server that keeps silent holds a thread beyond any timeout.
+    threads = [threading.Thread(target=ask, args=(item,), daemon=True) for item in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_SECONDS + 0.5)
+    lines = []
+    for item in wanted:
+        silence = None if is_cached(item.kind, item.id) else "the hub does not answer"
+        reason = problems.get(item, silence)
+        if reason is not None:
+            lines.append(item.line(reason))
+    return lines
+
+
+def _model(suite: Suite) -> list[Wanted]:
+    source = suite.model
+    if suite.world is not None and source.path.startswith("{"):
+        return []
+    if Path(source.path).is_dir() or (source.shape_only and source.path in SHAPES):
+        return []
+    if not is_id(source.path):
+        raise ValueError(f"model path {source.path!r} is neither a folder nor a hub id")
+    return [Wanted("model", source.path, "model", MODEL_INSTEAD)]
+
+
+def _data(suite: Suite) -> list[Wanted]:
+    path = suite.data.path
+    local = path == RANDOM_TOKENS or path.startswith("{") or Path(path).exists()
+    if local or not is_id(path):
+        return []
+    return [Wanted("dataset", path, "data", DATA_INSTEAD)]
+
+
+def _tasks(suite: Suite) -> list[Wanted]:
+    folder = suite.task_folder
+    if not suite.tasks or (folder is not None and folder.startswith("{")):
+        return []
+    from suites.questions import hub_data
+
+    wanted = {}
+    for task in suite.tasks:
+        if task.runs_code and not suite.allow_code_execution:
+            continue
+        for path in hub_data(task.name, folder):
+            item = Wanted("dataset", path, f"data of task {task.name}", TASK_INSTEAD)
+            wanted.setdefault(path, item)
+    return list(wanted.values())
+
+
+def problem(kind: str, path: str) -> str | None:
+    """Why the repository cannot be had, in a few words; None if it can, or is in the cache."""
+    from huggingface_hub import constants
+
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _refusal(kind, path)
+    return None if reason is None or is_cached(kind, path) else reason
+
+
+def _refusal(kind: str, path: str) -> str | None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    api = HfApi()
+    try:
+        info = getattr(api, f"{kind}_info")(path, timeout=TIMEOUT_SECONDS)
+        if getattr(info, "gated", False):  # its description is public, its files are not
+            api.auth_check(path, repo_type=kind)
+    except GatedRepoError:
+        return "its owner has to grant access (ask on its page, then set HF_TOKEN)"
+    except RepositoryNotFoundError:
+        return "the hub has no such repository, or it is private and HF_TOKEN is not set"
+    except Exception as error:  # offline errors have no class in common, not even OSError
+        return f"the hub cannot be asked ({type(error).__name__})"
+    return None
+
+
+def is_cached(kind: str, path: str) -> bool:
+    """Whether the hub's cache, or that of `datasets`, holds files of the repository."""
+    from huggingface_hub import constants
+
+    snapshots = Path(constants.HF_HUB_CACHE) / f"{kind}s--{path.replace('/', '--')}" / "snapshots"
+    files = [file for file in snapshots.rglob("*") if file.is_file()]
+    if kind == "model":
+        return any(file.suffix in WEIGHTS for file in files)
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+    return bool(files) or any((prepared / path.replace("/", "___").lower()).glob("*/*"))
+
+
+def whereabouts(path: str) -> dict[str, bool]:
+    """What from_pretrained has to be told to find the model `path`, checked before it tries long.
+
+    The answer for a local folder, or for a hub repository that is in the hub's cache while the
+    hub is out of reach, is {"local_files_only": True}. Raises ValueError if `path` is neither a
+    folder, nor cached, nor a repository that the hub lets us read.
+    """
+    if path and Path(path).is_dir():  # Path("") is the working directory
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError(f"{path} is a folder without config.json, so it holds no model")
+        return {"local_files_only": True}
+    if not is_id(path):
+        raise ValueError(f"model path {path!r} is neither a folder nor a hub id, as owner/name")
+    reason = _refusal("model", path)
+    if reason is None:
+        return {}
+    if is_cached("model", path):
+        log.warning("model %s: %s; its cached copy is used", path, reason)
+        return {"local_files_only": True}
+    raise ValueError(
+        f"model {path} is not in the hub's cache, and {reason}; "
+        "the path of a local model folder would do instead"
+    )
+
+
+def stay_offline_if_unreachable() -> None:
+    """Switches the hub off in this process if it does not answer, so that caches answer at once.
+
+    Otherwise every file that is wanted costs some twenty seconds of attempts.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or _answers(constants.ENDPOINT):
+        return
+    import datasets
+
+    log.warning("%s does not answer; only what is in its cache is used", constants.ENDPOINT)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
