@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftConfig, get_peft_model
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -35,3 +36,47 @@ class AdamWContestant:
     def artifact(self, path: Path) -> None:
         """Writes what `save_pretrained` writes: an adapter for peft's models, else all weights."""
         self.model.save_pretrained(path)
+
+
+def adapted(
+    name: str,
+    model: torch.nn.Module,
+    config: PeftConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> AdamWContestant:
+    """`model` with the adapter that `config` describes; the adapter's weights are trained.
+
+    Raises ValueError if the model is quantised and peft's method does not train on that; the
+    message says `name`, whatever peft says where there is no quantisation.
+    """
+    if not is_quantised(model):
+        return AdamWContestant(get_peft_model(model, config), callbacks)
+    try:
+        contestant = AdamWContestant(get_peft_model(model, config), callbacks)
+        rehearse(contestant)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many classes, as each method fails in its own way
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{name} does not train on a quantised model: {reason}") from error
+    return contestant
+
+
+def is_quantised(model: torch.nn.Module) -> bool:
+    """Whether transformers holds some of the weights of `model` in fewer bits."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def rehearse(contestant: AdamWContestant) -> None:
+    """One step's gradients of two tokens, thrown away: what peft builds may still fail to run."""
+    model = contestant.model
+    was_training = model.training
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    with torch.random.fork_rng():
+        model.train()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    model.train(was_training)
+    without = sum(weight.grad is None for weight in contestant.trainable)
+    model.zero_grad(set_to_none=True)
+    if without:
+        raise RuntimeError(f"{without} of its tensors get no gradient")

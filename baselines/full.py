@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from baselines.contestant import AdamWContestant
+from baselines.contestant import AdamWContestant, is_quantised
 
 
 @dataclass(frozen=True)
@@ -15,4 +15,6 @@ class Full:
     """AdamW on all weights."""
 
     def prepare(self, model: torch.nn.Module, budget: Any, total_steps: int) -> AdamWContestant:
+        if is_quantised(model):
+            raise ValueError("full cannot train a quantised model: its weights have no gradient")
         return AdamWContestant(model.requires_grad_(True))

@@ -1,22 +1,30 @@
-"""LoRA (arXiv 2106.09685) as peft ships it, its rank solved from the budget."""
+"""LoRA (arXiv 2106.09685) and its variants as peft ships them, ranks solved from the budget."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 
-from baselines.contestant import AdamWContestant
+from baselines import sizing
+from baselines.contestant import AdamWContestant, adapted
 
 
 @dataclass(frozen=True)
 class Lora:
-    """One rank for all targets; alpha follows it, so that the update's scale does not change."""
+    """Alpha follows the rank, so that the update's scale does not change with the budget.
+
+    `variant` is what else differs from peft's LoraConfig, as {"use_dora": True}. One rank for all
+    targets wherever one comes within 1 % of the budget, else some have one more than others.
+    """
 
     alpha_over_rank: float = 2.0
     dropout: float = 0.0
+    name: str = "lora"
+    variant: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.alpha_over_rank <= 0:
@@ -25,23 +33,47 @@ class Lora:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
     def prepare(self, model: torch.nn.Module, budget: Any, total_steps: int) -> AdamWContestant:
-        rank = solve_rank(model, budget)
+        ranks = self.ranks(model, budget)
+        rank = min(ranks.values())
+        higher = {name: own for name, own in ranks.items() if own > rank}
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=rank,
             lora_alpha=self.alpha_over_rank * rank,
+            rank_pattern=higher,
+            alpha_pattern={name: self.alpha_over_rank * own for name, own in higher.items()},
             lora_dropout=self.dropout,
             target_modules=list(budget.target_modules),
+            **self.variant,
         )
-        return AdamWContestant(get_peft_model(model, config))
+        return adapted(self.name, model, config)
+
+    def ranks(self, model: torch.nn.Module, budget: Any) -> dict[str, int]:
+        """The rank of each targeted module by its full name.
+
+        Raises ValueError if the budget is more than every target has at full rank.
+        """
+        asked = budget.num_weights(model)  # raises where there are no targets
+        shapes = budget.target_shapes(model)
+        extra = 0
+        if self.variant.get("use_dora"):  # a magnitude for each output (arXiv 2402.09353)
+            extra = sum(num_out for num_out, _ in shapes.values())
+        most = sizing.full_rank(shapes) * budget.num_sides(model) + extra
+        refusal = f"{self.name} cannot have {asked} weights (budget {budget.label})"
+        sizing.require_enough(most, asked, refusal)
+        return solve_ranks({name: sum(shape) for name, shape in shapes.items()}, asked - extra)
 
 
-def solve_rank(model: torch.nn.Module, budget: Any) -> int:
-    """The rank whose r x sum(in + out) over the targeted linears is nearest to the budget."""
-    num_weights = budget.num_weights(model)  # raises where there are no targets
-    sides = sum(
-        module.in_features + module.out_features
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name.split(".")[-1] in budget.target_modules
-    )
-    return max(1, round(num_weights / sides))
+def solve_ranks(sides: Mapping[str, int], asked: int) -> dict[str, int]:
+    """Ranks, one or one more than another, whose r x (in + out) sum up to about `asked`."""
+    whole = sum(sides.values())
+    rank = max(1, round(asked / whole))
+    if abs(rank * whole - asked) <= sizing.TOLERANCE * asked or asked < whole:
+        return dict.fromkeys(sides, rank)
+    ranks = dict.fromkeys(sides, asked // whole)
+    missing = asked % whole
+    for name in sorted(sides, key=lambda name: -sides[name]):
+        if 2 * missing > sides[name]:  # one more comes nearer than none
+            ranks[name] += 1
+            missing -= sides[name]
+    return ranks

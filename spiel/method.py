@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,12 @@ class Budget(Protocol):
     @property
     def target_modules(self) -> tuple[str, ...]: ...
 
+    @property
+    def label(self) -> str: ...
+
     def num_weights(self, model: nn.Module) -> int: ...
+
+    def target_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]: ...
 
 
 @dataclass
@@ -55,9 +61,17 @@ class Spiel:
     reselection_rate_policy: str
 
     def prepare(self, model: nn.Module, budget: Budget, total_steps: int) -> SpielContestant:
+        """Raises ValueError if the budget is more than the targeted weights."""
+        asked = budget.num_weights(model)
+        most = sum(math.prod(shape) for shape in budget.target_shapes(model).values())
+        if asked > most:
+            raise ValueError(
+                f"spiel-{self.growth} cannot have {asked} weights (budget {budget.label}); "
+                f"the most it can have is {most}"
+            )
         config = SpielConfig(
             growth=self.growth,
-            num_tunable_weights=budget.num_weights(model),
+            num_tunable_weights=asked,
             reselection_steps=self.reselection_steps,
             selection_accumulation_steps=self.selection_accumulation_steps,
             initial_reselection_rate=self.initial_reselection_rate,

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from suites.values import added
+
 ALLOWED = (
     "r64 (as many weights as LoRA of rank 64), 500000 (that many weights) or 0.01 (that share of "
     "all the model's weights, between 0 and 1)"
@@ -25,8 +27,8 @@ class Budget:
 
     lora_rank: int | None = None
     target_modules: tuple[str, ...] = ()
-    num_trainable: int | None = None
-    density: float | None = None
+    num_trainable: int | None = added(None)
+    density: float | None = added(None)
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in ("lora_rank", "num_trainable", "density")}

@@ -188,9 +188,9 @@ def saved_for_backward_bytes(model: torch.nn.Module, batch: Mapping[str, torch.T
     saved: dict[int, torch.UntypedStorage] = {}  # holding them keeps addresses from being reused
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage
+        for storage in _storages(tensor):
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage
         return tensor
 
     was_training = model.training
@@ -202,6 +202,12 @@ def saved_for_backward_bytes(model: torch.nn.Module, batch: Mapping[str, torch.T
         model(**batch)
     model.train(was_training)
     return sum(storage.nbytes() for storage in saved.values())
+
+
+def _storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
+    if tensor.layout is torch.sparse_coo:  # it has none of its own (SHiRA keeps such)
+        return [tensor._indices().untyped_storage(), tensor._values().untyped_storage()]
+    return [tensor.untyped_storage()]
 
 
 def _tensors_of(model: torch.nn.Module) -> Iterator[torch.Tensor]:

@@ -66,25 +66,127 @@ class Entry:
         return getattr(importlib.import_module(module), name)(**self.options)
 
 
+def _lora(name: str, alpha_over_rank: float = 2.0, **variant: Any) -> dict[str, Any]:
+    return {
+        "alpha_over_rank": alpha_over_rank,
+        "dropout": 0.0,
+        "name": name,
+        "variant": variant,
+    }
+
+
+def _adapter(
+    name: str,
+    peft_type: str,
+    knob: str | None = None,
+    seed: str | None = None,
+    per_knob: Mapping[str, float] | None = None,
+    **config: Any,
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "peft_type": peft_type,
+        "config": config,
+        "knob": knob,
+        "per_knob": per_knob or {},
+        "seed": seed,
+    }
+
+
+def _spiel(growth: str) -> dict[str, Any]:
+    return {
+        "growth": growth,
+        "reselection_steps": 20,
+        "selection_accumulation_steps": 5,
+        "initial_reselection_rate": 0.2,
+        "reselection_rate_policy": "linear",
+    }
+
+
+def _super(name: str, low_rank_share: float) -> dict[str, Any]:
+    return {
+        "name": name,
+        "low_rank_share": low_rank_share,
+        "select_top": True,
+        "alpha_over_rank": 2.0,
+    }
+
+
+LORA, ADAPTER = "baselines.lora:Lora", "baselines.adapter:Adapter"
+SUPER, SPIEL = "baselines.supertuning:Supertuning", "spiel.method:Spiel"
+
 METHODS: dict[str, Entry] = {
     "base": Entry(
         "the pretrained model, untouched", "baselines.base:Base", trains=False, matched=False
     ),
     "full": Entry("full fine-tuning with AdamW", "baselines.full:Full", matched=False),
-    "lora": Entry(
-        "LoRA as peft ships it",
-        "baselines.lora:Lora",
-        {"alpha_over_rank": 2.0, "dropout": 0.0},
+    "lora": Entry("LoRA as peft ships it", LORA, _lora("lora")),
+    "rslora": Entry("LoRA scaled by the root of its rank", LORA, _lora("rslora", use_rslora=True)),
+    "dora": Entry("LoRA of directions, and magnitudes", LORA, _lora("dora", use_dora=True)),
+    "pissa": Entry(
+        "LoRA that starts as the weights' largest singular vectors",
+        LORA,
+        _lora("pissa", alpha_over_rank=1.0, init_lora_weights="pissa"),
     ),
-    "spiel": Entry(
-        "SpIEL-AG: sparse deltas, grown by accumulated gradients",
-        "spiel.method:Spiel",
-        {
-            "growth": "ag",
-            "reselection_steps": 20,
-            "selection_accumulation_steps": 5,
-            "initial_reselection_rate": 0.2,
-            "reselection_rate_policy": "linear",
-        },
+    "randlora": Entry(
+        "full-rank sums of shared random low-rank bases",
+        ADAPTER,
+        _adapter("randlora", "RANDLORA", "r", "projection_prng_key", {"randlora_alpha": 20}),
     ),
+    "vera": Entry(
+        "vectors between shared random matrices, of rank 256",
+        ADAPTER,
+        _adapter("vera", "VERA", seed="projection_prng_key", r=256),
+        matched=False,
+    ),
+    "miss": Entry("one shared shard of each weight", ADAPTER, _adapter("miss", "MISS", "r")),
+    "ia3": Entry(
+        "(IA)3: a factor for each activation", ADAPTER, _adapter("ia3", "IA3"), matched=False
+    ),
+    "prefix": Entry(
+        "prefix tuning: keys and values of virtual tokens",
+        ADAPTER,
+        _adapter("prefix", "PREFIX_TUNING", "num_virtual_tokens"),
+    ),
+    "ln_tuning": Entry(
+        "the scales of the norms",
+        ADAPTER,
+        _adapter("ln_tuning", "LN_TUNING", target_modules=None),
+        matched=False,
+    ),
+    "shira": Entry(
+        "SHiRA: sparse deltas at random places",
+        ADAPTER,
+        _adapter("shira", "SHIRA", "r", "random_seed"),
+    ),
+    "supertuning": Entry("sparse deltas of the largest weights", SUPER, _super("supertuning", 0.0)),
+    "supra": Entry(
+        "RoSA-like: half sparse deltas of the largest weights, half LoRA",
+        SUPER,
+        _super("supra", 0.5),
+    ),
+    "spiel": Entry("SpIEL-AG: sparse deltas, grown by accumulated gradients", SPIEL, _spiel("ag")),
+    "spiel-ma": Entry("SpIEL-MA: sparse deltas, grown by SM3's momenta", SPIEL, _spiel("ma")),
 }
+
+#: `peft:path/to/adapter_config.json` names a method too.
+PEFT = "peft:"
+
+
+def entry_of(name: str) -> Entry:
+    """The entry of METHODS, or of the file that `peft:path/to/adapter_config.json` names.
+
+    What that file says becomes the entry's options, so it is hashed and recorded. Raises
+    ValueError for an unknown name, and what `peft_config.read` raises of the file.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if not name.startswith(PEFT):
+        known = ", ".join(METHODS)
+        raise ValueError(f"unknown method {name!r}; choose from {known} or {PEFT}FILE")
+    from suites import peft_config
+
+    path = Path(name.removeprefix(PEFT))
+    peft_type, knob, config = peft_config.read(path)
+    options = _adapter(name, peft_type, knob) | {"config": config}
+    return Entry(f"{peft_type} of peft, as {path} says", ADAPTER, options)

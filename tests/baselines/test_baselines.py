@@ -2,41 +2,23 @@
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
+from baselines import sizing
+from baselines.adapter import Adapter, make_config
 from baselines.base import Base
 from baselines.full import Full
-from baselines.lora import Lora, solve_rank
+from baselines.lora import Lora, solve_ranks
+from baselines.supertuning import Supertuning, solve_sparsity
 from suites.suite import Budget
+from tests.baselines.llama import budget, logits, make_llama, train
 
 TARGETS = ("q_proj", "down_proj")
-BATCH = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=20,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-        )
-    ).eval()
-
-
-def step(contestant):
-    optimizer = contestant.optimizer(lr=1e-2, weight_decay=0.0)
-    contestant.model(**BATCH, labels=BATCH["input_ids"]).loss.backward()
-    optimizer.step()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(**BATCH).logits
+    return make_llama()
 
 
 def test_base_trains_and_keeps_nothing(model, tmp_path):
@@ -50,26 +32,26 @@ def test_full_trains_every_weight(model):
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     contestant = Full().prepare(model.requires_grad_(False), None, 10)
     assert contestant.num_trainable == model.num_parameters()
-    step(contestant)
+    train(contestant, steps=1)
     changed = [name for name, weight in model.named_parameters() if (weight != before[name]).any()]
     assert changed == list(before)
 
 
 def test_full_artifact_loads_as_a_model(model, tmp_path):
     contestant = Full().prepare(model, None, 10)
-    step(contestant)
+    train(contestant, steps=1)
     contestant.artifact(tmp_path)
     kept = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(kept), logits(model))
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
-def test_lora_meets_the_budget_exactly(model, rank):
-    budget = Budget(rank, TARGETS)
-    asked = budget.num_weights(model)
-    assert solve_rank(model, budget) == rank
-    contestant = Lora().prepare(model, budget, 10)
-    assert contestant.num_trainable == asked == 2 * rank * (16 + 16 + 24 + 16)
+def test_lora_of_a_rank_has_that_rank(model, rank):
+    asked = Budget(rank, TARGETS)
+    contestant = Lora().prepare(model, asked, 10)
+    assert contestant.num_trainable == 2 * rank * (32 + 32 + 48 + 32)
+    assert contestant.model.peft_config["default"].r == rank
+    assert contestant.model.peft_config["default"].rank_pattern == {}
 
 
 def test_lora_is_pefts_and_starts_as_the_base(model):
@@ -80,28 +62,92 @@ def test_lora_is_pefts_and_starts_as_the_base(model):
     assert torch.equal(logits(contestant.model.eval()), before)
 
 
-def test_lora_artifact_loads_as_an_adapter(model, tmp_path):
-    model.save_pretrained(tmp_path / "base")
-    contestant = Lora().prepare(model, Budget(2, TARGETS), 10)
-    step(contestant)
-    contestant.artifact(tmp_path / "adapter")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    kept = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    assert torch.allclose(logits(kept), logits(contestant.model.eval()))
+def test_lora_between_two_ranks_scales_all_modules_alike(model):
+    asked = Budget(target_modules=TARGETS, num_trainable=2 * 144 * 5 + 160)
+    contestant = Lora().prepare(model, asked, 10)
+    layers = [module for module in contestant.model.modules() if hasattr(module, "lora_A")]
+    assert {layer.r["default"] for layer in layers} == {5, 6}
+    assert {layer.scaling["default"] for layer in layers} == {2.0}
+
+
+def test_ranks_differ_by_one_at_most_and_only_if_they_must():
+    sides = {"a": 30, "b": 20, "c": 10}
+    assert solve_ranks(sides, 120) == {"a": 2, "b": 2, "c": 2}
+    assert solve_ranks(sides, 121) == {"a": 2, "b": 2, "c": 2}
+    assert solve_ranks(sides, 150) == {"a": 3, "b": 2, "c": 2}
+    assert solve_ranks(sides, 130) == {"a": 2, "b": 2, "c": 3}
+    assert solve_ranks(sides, 7) == {"a": 1, "b": 1, "c": 1}
+
+
+@pytest.mark.parametrize("asked", [3, 57, 400, 999])
+def test_sparsity_keeps_what_is_asked(asked):
+    numels = [100, 300, 600]
+    sparsity = solve_sparsity(numels, asked)
+    kept = sum(int(numel * (1 - sparsity)) for numel in numels)
+    assert asked <= kept <= asked + len(numels)
+
+
+def test_knobs_that_grow_fall_and_end_are_solved():
+    assert sizing.solve(lambda knob: 10 * knob, 52, 100, "") == 5
+    assert sizing.solve(lambda knob: 10 * knob, 2, 100, "") == 1
+    assert sizing.solve(lambda knob: 1000 // knob, 100, 500, "") == 10
+
+    def refusing(knob):
+        if knob > 7:
+            raise ValueError("too large")
+        return 10 * knob
+
+    assert sizing.solve(refusing, 70, 100, "") == 7
+    with pytest.raises(ValueError, match="no way; the most it can have is 70"):
+        sizing.solve(refusing, 80, 100, "no way")
+
+
+def test_what_is_wrong_with_every_knob_is_raised():
+    def broken(knob):
+        raise ValueError("no such module")
+
+    with pytest.raises(ValueError, match="no such module"):
+        sizing.solve(broken, 80, 100, "")
+
+
+def test_counting_leaves_the_model_as_it_is(model):
+    before = dict(model.named_modules())
+    config = make_config("MISS", {"r": 3}, TARGETS)
+    assert sizing.count_trainable(model, config) == 2 * 3 * (32 + 32)
+    assert dict(model.named_modules()) == before
+
+
+def test_adalora_moves_its_budget_while_it_trains(model):
+    """A method that must be called in each step is, by a callback, and told the number of steps."""
+    contestant = Adapter("adalora", "ADALORA", {"init_r": 4}).prepare(model, budget(), 7)
+    assert contestant.model.peft_config["default"].total_step == 7
+    (callback,) = contestant.callbacks
+    seen = []
+    callback.tuner = type("Tuner", (), {"update_and_allocate": staticmethod(seen.append)})
+    callback.on_optimizer_step(None, type("State", (), {"global_step": 3}), None)
+    assert seen == [3]
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("make", "message"),
     [
-        ({"alpha_over_rank": 0.0}, "alpha_over_rank must be positive, got 0.0"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        (lambda: Lora(alpha_over_rank=0.0), "alpha_over_rank must be positive, got 0.0"),
+        (lambda: Lora(dropout=1.0), r"dropout must be in \[0, 1\), got 1.0"),
+        (lambda: Supertuning("s", 1.0, True, 1.0), r"low_rank_share must be in \[0, 1\), got 1.0"),
+        (lambda: make_config("NONE", {}, ()), "peft_type 'NONE' is unknown.*ADALORA, .*LORA"),
+        (lambda: make_config("LORA", {"rang": 1}, ()), "LORA has no option 'rang'; it has .*r, "),
     ],
 )
-def test_bad_hyper_parameters_are_named(options, message):
+def test_bad_hyper_parameters_are_named(make, message):
     with pytest.raises(ValueError, match=message):
-        Lora(**options)
+        make()
 
 
 def test_lora_without_targets_names_them(model):
     with pytest.raises(ValueError, match="none of the targeted modules: nowhere"):
         Lora().prepare(model, Budget(2, ("nowhere",)), 10)
+
+
+def test_too_few_for_sparse_and_low_rank_is_refused(model):
+    with pytest.raises(ValueError, match=r"supra cannot have as few as 100 weights \(budget 100\)"):
+        Supertuning("supra", 0.5, True, 2.0).prepare(model, budget("100"), 10)

@@ -1,0 +1,80 @@
+"""How large a method's knob must be for a budget; weights are counted on a copy without values."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from functools import cache
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import nn
+
+#: How far from a budget a size may be and still count as meeting it.
+TOLERANCE = 0.01
+
+#: What stands in for options that need the values of weights, by peft's name of the method.
+WITHOUT_VALUES = {"SHIRA": {"mask_fn": None}}
+
+
+def count_trainable(model: nn.Module, config: PeftConfig) -> int:
+    """Weights that peft would train on `model`, a transformers model, which stays as it is.
+
+    Quantised or not, its architecture is built anew on the meta device, so this takes no memory
+    and well under a second for seven billion weights. Raises what peft raises for `config`.
+    """
+    config = copy.deepcopy(config)
+    for name, value in WITHOUT_VALUES.get(config.peft_type.value, {}).items():
+        setattr(config, name, value)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hollow = type(model)(copy.deepcopy(model.config))
+        adapted = get_peft_model(hollow, config)
+    return sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+
+
+def solve(count: Callable[[int], int], asked: int, largest: int, refusal: str) -> int:
+    """The knob in [1, largest] whose count is nearest to `asked`.
+
+    `count` grows or falls with the knob, and raises ValueError for a knob that can't be. Raises
+    ValueError, `refusal` and the largest count there is, if that falls short of `asked`.
+    """
+
+    @cache
+    def tally(knob: int) -> float:
+        try:
+            return count(knob)
+        except ValueError:
+            return float("inf")
+
+    falls = tally(1) > tally(largest)
+    knobs = range(largest, 0, -1) if falls else range(1, largest + 1)
+    fits, beyond = -1, len(knobs)  # places in `knobs`, whose counts grow
+    while beyond - fits > 1:
+        middle = (fits + beyond) // 2
+        if tally(knobs[middle]) <= asked:
+            fits = middle
+        else:
+            beyond = middle
+    most = tally(knobs[fits]) if fits >= 0 else 0
+    if beyond < len(knobs) and tally(knobs[beyond]) < float("inf"):
+        most = tally(knobs[beyond])
+    if most == 0:
+        count(1)  # raises what is wrong with every knob
+    require_enough(most, asked, refusal)
+    # What falls with the knob falls in steps, as the bases of RandLoRA: the next one may be nearer.
+    reach = 8 if falls else 1
+    near = [knobs[i] for i in range(max(0, fits - reach), min(len(knobs), beyond + reach))]
+    return min(near, key=lambda knob: abs(tally(knob) - asked))
+
+
+def require_enough(most: float, asked: int, refusal: str) -> None:
+    """Raises ValueError if `most`, all that a method can have, falls short of `asked` weights."""
+    if most < (1 - TOLERANCE) * asked:
+        raise ValueError(f"{refusal}; the most it can have is {most}")
+
+
+def full_rank(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The largest rank that a change of any of the weights can have, by their shapes."""
+    return max(min(shape) for shape in shapes.values())

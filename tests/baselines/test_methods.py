@@ -1,0 +1,140 @@
+"""What METHODS promises of every method, on a small Llama."""
+
+import contextlib
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from suites import cell as cell_module
+from suites.methods import METHODS
+from suites.suite import Recipe, Tuning
+from tests.baselines.llama import budget, logits, make_llama, train
+from tests.suites.arena import cell, small_suite
+
+TRAINED = [name for name, entry in METHODS.items() if entry.trains]
+ADAPTERS = [name for name in TRAINED if name != "full"]
+MATCHED = [name for name, entry in METHODS.items() if entry.matched]
+
+#: Whose size goes in steps, and the largest share of a budget that they miss here.
+COARSE = {"miss": 0.06, "randlora": 0.25, "shira": 0.1}
+
+#: What peft's tuner can train on 4-bit weights.
+ON_4_BITS = [name for name in ADAPTERS if name not in ("pissa", "supertuning", "supra")]
+
+
+def prepared(name, model=None, size="r4"):
+    torch.manual_seed(1)
+    return METHODS[name].load().prepare(model or make_llama(), budget(size), 10)
+
+
+def frozen(contestant):
+    """What is not trained, without the adapter."""
+    names = {name for name, w in contestant.model.named_parameters() if not w.requires_grad}
+    disabled = getattr(contestant.model, "disable_adapter", contextlib.nullcontext)
+    with disabled():
+        weights = dict(contestant.model.named_parameters())
+        return {name: weights[name].detach().clone() for name in names}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_it_learns_and_changes_nothing_else(name):
+    contestant = prepared(name)
+    fixed, before = frozen(contestant), logits(contestant.model)
+    losses = train(contestant)
+    assert losses[-1] < losses[0]
+    assert not torch.equal(logits(contestant.model), before)
+    after = frozen(contestant)
+    assert set(after) == set(fixed)
+    assert all(torch.equal(after[key], weight) for key, weight in fixed.items())
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_it_trains_in_bf16(name):
+    losses = train(prepared(name, make_llama().to(torch.bfloat16)))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("size", ["r2", "r8", "8000", "0.3"])
+@pytest.mark.parametrize("name", MATCHED)
+def test_it_meets_a_budget(name, size):
+    contestant = prepared(name, size=size)
+    asked = budget(size).num_weights(make_llama())
+    assert contestant.num_trainable == pytest.approx(asked, rel=COARSE.get(name, 0.01))
+
+
+@pytest.mark.parametrize("name", MATCHED)
+def test_a_budget_beyond_its_reach_is_refused(name):
+    with pytest.raises(ValueError, match=r"1000000.*the most it can have is \d+") as caught:
+        prepared(name, size="1000000")
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_its_artifact_loads_as_an_adapter(name, tmp_path):
+    model = make_llama()
+    model.save_pretrained(tmp_path / "base")
+    contestant = prepared(name, model)
+    train(contestant, steps=2)
+    contestant.artifact(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    kept = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(kept), logits(contestant.model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def four_bits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    make_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+
+    def load():
+        options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        return AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=options, dtype=torch.float32
+        )
+
+    return load
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_on_4_bits_it_trains_at_the_same_size_or_says_that_it_cannot(name, four_bits):
+    if name not in ON_4_BITS:
+        with pytest.raises(ValueError, match=f"^{name} does not train on a quantised model: "):
+            prepared(name, four_bits())
+        return
+    contestant = prepared(name, four_bits())
+    dense = prepared(name, make_llama(hidden_size=64, intermediate_size=128))
+    assert contestant.num_trainable == dense.num_trainable
+    losses = train(contestant, steps=3)
+    assert losses[-1] < losses[0]
+
+
+def test_full_refuses_4_bits(four_bits):
+    with pytest.raises(ValueError, match="full cannot train a quantised model"):
+        prepared("full", four_bits())
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "lora"])
+def test_it_goes_through_a_cell(name, world_folder):
+    """The Trainer, a table's sizes and lm-eval, which some tuners of peft may not survive."""
+    suite = small_suite(
+        tunings=dict.fromkeys(METHODS, Tuning(lr=1e-3)), recipe=Recipe(num_steps=6, batch_size=4)
+    )
+    found = cell_module.run(cell(name, suite=suite), world_folder, lambda report: None)
+    assert (found.status, found.reason) == ("ok", "")
+    assert len(found.training.losses) == suite.recipe.num_steps
+    assert found.size.artifact_bytes > found.size.num_trainable
+
+
+def test_seeds_choose_other_places_for_random_sparse_deltas():
+    name = "base_model.model.model.layers.0.mlp.up_proj"
+
+    def places(seed):
+        model = make_llama()
+        torch.manual_seed(seed)
+        contestant = METHODS["shira"].load().prepare(model, budget(), 10)
+        return contestant.model.get_submodule(name).shira_indices["default"]
+
+    assert torch.equal(places(1), places(1))
+    assert not torch.equal(places(1), places(2))
