@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,122 +13,197 @@ import torch
 from transformers import set_seed
 
 from suites import measure, train
+from suites.checkpoint import Checkpoints
 from suites.data import Collator, Examples, load_examples
+from suites.distributed import Rank
 from suites.evaluate import Score, evaluate
 from suites.methods import Contestant
 from suites.models import load_model, load_tokenizer
-from suites.plan import Cell
+from suites.plan import Cell, Execution
 from suites.progress import Report
 from suites.provenance import environment
 from suites.record import Record, Size, TaskScore, Training, now
-from suites.suite import Task, placed
+from suites.steps import StepMeter
+from suites.suite import Suite, Task, placed
 
 
-def run(cell: Cell, world: Path | None, report: Callable[[Report], None]) -> Record:
+@dataclass
+class Work:
+    """A cell under way: what its phases share, and what they leave for the record."""
+
+    cell: Cell
+    #: The suite with its paths in place.
+    suite: Suite
+    way: Execution
+    rank: Rank
+    report: Callable[[Report], None]
+    device: str
+    meter: measure.Meter
+    checkpoints: Checkpoints
+    #: Fields of the record, filled as they become known.
+    parts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a cell loads."""
+
+    model: Any
+    tokenizer: Any
+    examples: Examples
+    collate: Collator
+
+
+def run(
+    cell: Cell,
+    world: Path | None,
+    out: Path,
+    way: Execution,
+    rank: Rank,
+    report: Callable[[Report], None],
+) -> Record:
     """Does the cell's work in this process; what goes wrong is in the record, with what was done.
 
     `world` is the folder of the suite's embedded world, where it has one. `report` hears of every
-    phase and step.
+    phase and step. Of several ranks, all train and the main one evaluates.
     """
     started_at = now()
     parts: dict[str, Any] = {"world": world.name if world else None}
     status, reason = "ok", ""
     try:
-        _work(cell, world, report, parts)
+        work = begin(cell, world, out, way, rank, report, parts)
+        started_at = work.checkpoints.history.started_at
+        _do(work)
     except Exception as error:
         traceback.print_exc()
         status, reason = diagnose(error)
     return Record.of(cell, status, reason, started_at, **parts)
 
 
-def _work(
-    cell: Cell, world: Path | None, report: Callable[[Report], None], parts: dict[str, Any]
-) -> None:
-    """Fills `parts`, the fields of the record, as they become known."""
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+def begin(
+    cell: Cell,
+    world: Path | None,
+    out: Path,
+    way: Execution,
+    rank: Rank,
+    report: Callable[[Report], None],
+    parts: dict[str, Any],
+) -> Work:
+    """Finds the device, the other ranks, and a checkpoint to go on from."""
+    device = rank.join(cell.suite.device)
+    here = environment(device, rank.num_ranks)
+    tell = report if rank.is_main else lambda _: None
+    meter = measure.Meter(device, lambda phase: tell(Report(phase)))
+    parts |= {"environment": here, "phases": meter.phases}
+    checkpoints = Checkpoints(
+        cell.checkpoints(out), way.save_seconds, here, parts["world"], rank.is_main
+    )
     suite = placed(cell.suite, world)
-    meter = measure.Meter(device, lambda phase: report(Report(phase)))
-    parts["environment"] = environment(device)
-    parts["phases"] = meter.phases
+    return Work(cell, suite, way, rank, tell, device, meter, checkpoints, parts)
 
-    with meter.phase("load"):
-        set_seed(cell.seed)
+
+def _do(work: Work) -> None:
+    entry, suite = work.cell.entry, work.suite
+    materials = _load(work)
+    model = materials.model
+    num_weights, asked = model.num_parameters(), suite.budget.num_weights(model)
+    with work.meter.phase("prepare"):
+        contestant = entry.load().prepare(model, suite.budget, suite.recipe.num_steps)
+    work.parts["size"] = size(contestant, num_weights, asked if entry.matched else None)
+
+    if entry.trains:
+        _train(work, contestant, materials)
+    work.parts["backend"] = getattr(contestant, "backend", None)
+    work.rank.leave()
+    if work.rank.is_main:
+        _evaluate(work, contestant, materials)
+
+
+def _load(work: Work) -> Materials:
+    suite = work.suite
+    with work.meter.phase("load"):
+        set_seed(work.cell.seed)
         tokenizer = load_tokenizer(suite.model)
-        model = load_model(suite.model, device)
+        model = load_model(suite.model, work.device)
+        if suite.recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable(train.CHECKPOINTING)
         vocab_size = model.get_input_embeddings().num_embeddings
         examples = load_examples(suite.data, tokenizer, vocab_size)
-        collate = Collator.of(tokenizer)
+    return Materials(model, tokenizer, examples, Collator.of(tokenizer))
 
-    num_weights, asked = model.num_parameters(), suite.budget.num_weights(model)
-    with meter.phase("prepare"):
-        contestant = cell.entry.load().prepare(model, suite.budget, suite.recipe.num_steps)
-    parts["size"] = size(contestant, num_weights, asked if cell.entry.matched else None)
 
-    if cell.entry.trains:
-        _train(cell, contestant, examples, collate, meter, report, parts)
-    parts["backend"] = getattr(contestant, "backend", None)
+def _train(work: Work, contestant: Contestant, materials: Materials) -> None:
+    """Weighs one forward pass, trains, weighs what came of it; a failure keeps the steps done."""
+    saved_bytes = _saved_for_backward(work, contestant, materials)
+    recipe, cell = work.suite.recipe, work.cell
+    steps = StepMeter(work.device)
+    watch = train.LossWatch(
+        lambda step, loss: work.report(Report("train", step, recipe.num_steps, loss))
+    )
+    work.checkpoints.attach(work.meter, steps)
+    setup = train.Setup(
+        recipe, cell.tuning, cell.seed, work.device, work.rank.num_ranks, work.checkpoints
+    )
+    num_tokens = 0
+    try:
+        with work.meter.phase("train", work.checkpoints.history.cost):
+            optimizer, num_tokens = train.fit(
+                contestant, materials.examples, materials.collate, setup, steps, watch
+            )
+    finally:
+        work.parts["training"] = _training(work, materials.examples, steps, watch, num_tokens)
+    work.parts["size"] = dataclasses.replace(
+        work.parts["size"],
+        saved_for_backward_bytes=saved_bytes,
+        optimizer_state_bytes=measure.optimizer_state_bytes(optimizer),
+        artifact_bytes=measure.artifact_bytes(contestant.artifact),
+    )
 
-    tasks = suite.tasks_of(cell.split)
-    with meter.phase("evaluate"):
+
+def _saved_for_backward(work: Work, contestant: Contestant, materials: Materials) -> int:
+    """Bytes that autograd keeps of one batch of this rank."""
+    batch_size, _ = train.local_batch(work.suite.recipe, work.rank.num_ranks)
+    batch = materials.collate(materials.examples[:batch_size])
+    batch = {name: tensor.to(work.device) for name, tensor in batch.items()}
+    return measure.saved_for_backward_bytes(contestant.model, batch)
+
+
+def _training(
+    work: Work,
+    examples: Examples,
+    steps: StepMeter,
+    watch: train.LossWatch,
+    num_tokens: int,
+) -> Training:
+    flops = steps.first_step_flops
+    return Training(
+        tuple(watch.losses),
+        tuple(steps.step_seconds),
+        tuple(steps.callback_seconds),
+        num_tokens=num_tokens,
+        num_examples=len(examples),
+        num_dropped=examples.num_dropped,
+        # Every rank counts its own share of the batch.
+        first_step_flops=None if flops is None else flops * work.rank.num_ranks,
+        resumed_at=work.checkpoints.history.resumed_at,
+    )
+
+
+def _evaluate(work: Work, contestant: Contestant, materials: Materials) -> None:
+    suite, tasks = work.suite, work.suite.tasks_of(work.cell.split)
+    if not tasks:
+        return
+    with work.meter.phase("evaluate"):
         scores = evaluate(
             contestant.model,
-            tokenizer,
+            materials.tokenizer,
             tasks,
             suite.task_folder,
             suite.eval_batch_size,
             suite.limit,
             allow_code_execution=suite.allow_code_execution,
         )
-    parts["scores"] = {task.name: task_score(task, scores[task.name]) for task in tasks}
-
-
-def _train(
-    cell: Cell,
-    contestant: Contestant,
-    examples: Examples,
-    collate: Collator,
-    meter: measure.Meter,
-    report: Callable[[Report], None],
-    parts: dict[str, Any],
-) -> None:
-    """Weighs one forward pass, trains, weighs what came of it; a failure keeps the steps done."""
-    recipe = cell.suite.recipe
-    steps = measure.StepMeter(meter.device)
-    watch = train.LossWatch(
-        lambda step, loss: report(Report("train", step, recipe.num_steps, loss))
-    )
-    batch = collate(examples[: recipe.batch_size])
-    batch = {name: tensor.to(meter.device) for name, tensor in batch.items()}
-    saved_bytes = measure.saved_for_backward_bytes(contestant.model, batch)
-    try:
-        with meter.phase("train"):
-            optimizer, num_tokens = train.fit(
-                contestant,
-                examples,
-                collate,
-                recipe,
-                cell.tuning,
-                cell.seed,
-                meter.device,
-                steps,
-                watch,
-            )
-    finally:
-        training = Training(
-            tuple(watch.losses),
-            tuple(steps.step_seconds),
-            tuple(steps.callback_seconds),
-            num_examples=len(examples),
-            num_dropped=examples.num_dropped,
-        )
-        parts["training"] = training
-    parts["training"] = dataclasses.replace(training, num_tokens=num_tokens)
-    parts["size"] = dataclasses.replace(
-        parts["size"],
-        saved_for_backward_bytes=saved_bytes,
-        optimizer_state_bytes=measure.optimizer_state_bytes(optimizer),
-        artifact_bytes=measure.artifact_bytes(contestant.artifact),
-    )
+    work.parts["scores"] = {task.name: task_score(task, scores[task.name]) for task in tasks}
 
 
 def diagnose(error: Exception) -> tuple[str, str]:

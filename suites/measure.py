@@ -1,9 +1,4 @@
-"""The meter: seconds and peak memory by phase, seconds by train step, bytes kept for backward.
-
-Time is charged to who spends it. A step runs from before the method's first callback to after
-its last, with the device synchronised at both ends; fetching data, logging and evaluation lie
-outside it.
-"""
+"""The meter: seconds and peak memory by phase; bytes for the backward pass, state and files."""
 
 from __future__ import annotations
 
@@ -13,11 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import psutil
 import torch
-from transformers import TrainerCallback
 
 from suites.record import PhaseCost
 
@@ -36,20 +30,47 @@ class Meter:
         self.on_phase = on_phase
         self.phases: dict[str, PhaseCost] = {}
         self._floor_bytes = psutil.Process().memory_info().rss
+        self._open: _OpenPhase | None = None
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measures the body of the `with` as the phase `name`."""
+    def phase(self, name: str, earlier: PhaseCost | None = None) -> Iterator[None]:
+        """Measures the body of the `with` as the phase `name`.
+
+        `earlier` is what it had cost before it was interrupted and resumed.
+        """
         self.on_phase(name)
         peak = _CudaPeak(self.device) if self.device.startswith("cuda") else _resident_peak()
         synchronize(self.device)
-        start = time.perf_counter()
+        self._open = _OpenPhase(peak, time.perf_counter(), earlier)
         try:
             yield
             synchronize(self.device)
         finally:
-            seconds = time.perf_counter() - start
-            self.phases[name] = PhaseCost(seconds, *peak.stop(self._floor_bytes))
+            self.phases[name] = self.cost_so_far()
+            peak.close()
+
+    def cost_so_far(self) -> PhaseCost:
+        """What the phase under way has cost until now."""
+        assert self._open is not None, "no phase is under way"
+        peak, start, earlier = self._open
+        cost = PhaseCost(time.perf_counter() - start, *peak.read(self._floor_bytes))
+        return cost if earlier is None else joined(earlier, cost)
+
+
+class _OpenPhase(NamedTuple):
+    peak: _CudaPeak | _KernelPeak | _SampledPeak
+    start: float
+    earlier: PhaseCost | None
+
+
+def joined(first: PhaseCost, second: PhaseCost) -> PhaseCost:
+    """The cost of a phase done in two sittings."""
+    reserved = [cost.peak_reserved_bytes for cost in (first, second)]
+    return PhaseCost(
+        first.seconds + second.seconds,
+        max(first.peak_bytes or 0, second.peak_bytes or 0),
+        None if None in reserved else max(reserved),
+    )
 
 
 class _CudaPeak:
@@ -59,7 +80,10 @@ class _CudaPeak:
         self.device = device
         torch.cuda.reset_peak_memory_stats(device)
 
-    def stop(self, floor_bytes: int) -> tuple[int, int]:
+    def close(self) -> None:
+        """Nothing runs that would have to end."""
+
+    def read(self, floor_bytes: int) -> tuple[int, int]:
         allocated = torch.cuda.max_memory_allocated(self.device)
         return allocated, torch.cuda.max_memory_reserved(self.device)
 
@@ -70,7 +94,10 @@ class _KernelPeak:
     def __init__(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
 
-    def stop(self, floor_bytes: int) -> tuple[int, None]:
+    def close(self) -> None:
+        """Nothing runs that would have to end."""
+
+    def read(self, floor_bytes: int) -> tuple[int, None]:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return max(0, int(line.split()[1]) * 1024 - floor_bytes), None
@@ -91,9 +118,11 @@ class _SampledPeak:
         while not self._ended.wait(0.005):
             self._peak_bytes = max(self._peak_bytes, self._process.memory_info().rss)
 
-    def stop(self, floor_bytes: int) -> tuple[int, None]:
+    def close(self) -> None:
         self._ended.set()
         self._thread.join()
+
+    def read(self, floor_bytes: int) -> tuple[int, None]:
         return max(0, self._peak_bytes - floor_bytes), None
 
 
@@ -102,80 +131,6 @@ def _resident_peak() -> _KernelPeak | _SampledPeak:
         return _KernelPeak()
     except OSError:
         return _SampledPeak()
-
-
-class StepMeter:
-    """Seconds of every train step, and what the method's callbacks took of them.
-
-    Put `opening` before the method's callbacks and `closing` after them. On CUDA the callbacks'
-    time is taken by events, so that timing them adds no synchronisation inside a step.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.step_seconds: list[float] = []
-        self.callback_seconds: list[float] = []
-        self.opening = _Opening(self)
-        self.closing = _Closing(self)
-        self._marks: list[tuple[Any, Any]] = []
-        self._start = 0.0
-        self._open: Any = None
-
-    def open_step(self) -> None:
-        synchronize(self.device)
-        self._marks.clear()
-        self._start = time.perf_counter()
-
-    def open_callbacks(self) -> None:
-        self._open = self._mark()
-
-    def close_callbacks(self) -> None:
-        self._marks.append((self._open, self._mark()))
-
-    def close_step(self) -> None:
-        synchronize(self.device)
-        self.step_seconds.append(time.perf_counter() - self._start)
-        self.callback_seconds.append(sum(self._between(*marks) for marks in self._marks))
-
-    def _mark(self) -> Any:
-        if not self.device.startswith("cuda"):
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _between(self, start: Any, end: Any) -> float:
-        if isinstance(start, float):
-            return end - start
-        return start.elapsed_time(end) / 1000  # CUDA's are milliseconds
-
-
-class _Opening(TrainerCallback):
-    def __init__(self, meter: StepMeter) -> None:
-        self.meter = meter
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.meter.open_step()
-        self.meter.open_callbacks()
-
-    def _open(self, *_: Any, **__: Any) -> None:
-        self.meter.open_callbacks()
-
-    on_substep_end = on_pre_optimizer_step = on_optimizer_step = on_step_end = _open
-
-
-class _Closing(TrainerCallback):
-    def __init__(self, meter: StepMeter) -> None:
-        self.meter = meter
-
-    def _close(self, *_: Any, **__: Any) -> None:
-        self.meter.close_callbacks()
-
-    on_step_begin = on_substep_end = on_pre_optimizer_step = on_optimizer_step = _close
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.meter.close_callbacks()
-        self.meter.close_step()
 
 
 def saved_for_backward_bytes(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""What is to be done: a suite, overridden perhaps, becomes cells, each with its own file."""
+"""What is to be done: a suite becomes cells, each with its own file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from suites.inputs import fingerprint
 from suites.methods import METHODS, Entry
-from suites.suite import WORLD, Suite, Tuning, short_hash
+from suites.suite import WORLD, Suite, Tuning
+from suites.values import short_hash
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How cells are run; nothing here changes what they result in."""
+
+    #: Data-parallel processes that train one cell.
+    num_processes: int = 1
+    #: Seconds of training between checkpoints; None writes none.
+    save_seconds: float | None = 600.0
+    #: Whether finished cells are run again.
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,13 +47,16 @@ class Cell:
         tuning = None if self.tuning is None else dataclasses.asdict(self.tuning)
         entry = dataclasses.asdict(self.entry)
         del entry["description"]
-        return short_hash([self.suite.hash, self.method, entry, tuning, self.seed, self.split])
+        values = [self.suite.hash, self.method, entry, tuning, self.seed, self.split]
+        local = fingerprint(self.suite.model, self.suite.data)
+        return short_hash([*values, local] if local else values)
 
     @property
     def name(self) -> str:
-        """`lora-r8-s0`; a trial of the search says its tuning too: `lora-r8-lr0.001-wd0-s0`."""
+        """`lora-r8-s0`; with a tuning that is not the suite's own, `lora-r8-lr0.001-wd0-s0`."""
         parts = [self.method, self.suite.budget.label]
-        if self.split == "dev" and self.tuning is not None:
+        is_own = self.split == "test" and self.tuning == self.suite.tunings.get(self.method)
+        if self.tuning is not None and not is_own:
             parts += [f"lr{self.tuning.lr:g}", f"wd{self.tuning.weight_decay:g}"]
         return safe_name("-".join([*parts, f"s{self.seed}"]))
 
@@ -51,6 +68,14 @@ class Cell:
         """Where what the cell prints is kept."""
         folder = out / "logs" / safe_name(self.suite.name)
         return folder / ("search" if self.split == "dev" else "") / f"{self.name}.log"
+
+    def lock_path(self, out: Path) -> Path:
+        """The file that is locked by the process that works on this cell."""
+        return self.log_path(out).with_suffix(".lock")
+
+    def checkpoints(self, out: Path) -> Path:
+        """The folder of the cell's checkpoints, while it is not finished."""
+        return out / "checkpoints" / safe_name(self.suite.name) / f"{self.name}-{self.hash}"
 
 
 def records_folder(suite: Suite, out: Path, split: str = "test") -> Path:
@@ -65,31 +90,26 @@ def safe_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "--", text).strip("-.")
 
 
-def override(suite: Suite, steps: int | None = None, limit: int | None = None) -> Suite:
-    """The suite with other steps or fewer test items, under a name that says so.
-
-    The name keeps its records and tables apart from those of the suite as it is defined.
-    """
-    name, recipe = suite.name, suite.recipe
-    if steps is not None:
-        name, recipe = f"{name}-steps{steps}", dataclasses.replace(recipe, num_steps=steps)
-    if limit is not None:
-        name = f"{name}-limit{limit}"
-    return dataclasses.replace(suite, name=name, recipe=recipe, limit=limit or suite.limit)
-
-
-def plan(suite: Suite, methods: Sequence[str], seeds: Iterable[int]) -> list[Cell]:
+def plan(
+    suite: Suite,
+    methods: Sequence[str],
+    seeds: Iterable[int],
+    tunings: Mapping[str, Tuning] | None = None,
+) -> list[Cell]:
     """Every cell, seeds outermost: a machine that slows down slows all methods alike.
 
-    Raises ValueError for a method that is unknown or that the suite has no learning rate for.
+    `tunings` are the suite's own if None. Raises ValueError for a method that is unknown or that
+    has no learning rate.
     """
+    tunings = suite.tunings if tunings is None else tunings
     cells = []
     for seed in seeds:
         for method in methods:
             entry = choose("method", method, METHODS)
-            if entry.trains and method not in suite.tunings:
-                raise ValueError(_lacks(suite, "learning rate", method, suite.tunings))
-            cells.append(Cell(suite, method, entry, suite.tunings.get(method), seed))
+            if entry.trains and method not in tunings:
+                raise ValueError(_lacks(suite, "learning rate", method, tunings))
+            tuning = tunings[method] if entry.trains else None
+            cells.append(Cell(suite, method, entry, tuning, seed))
     return cells
 
 
@@ -98,6 +118,8 @@ def plan_search(suite: Suite, methods: Sequence[str], seeds: Iterable[int]) -> l
 
     Raises ValueError for a method without a grid, or if the grids give unequal numbers of trials.
     """
+    if not any(task.role == "target" for task in suite.tasks_of("dev")):
+        raise ValueError(f"{suite.name} has no target task on the dev split to search with")
     trained = [name for name in methods if choose("method", name, METHODS).trains]
     if not trained:
         raise ValueError(f"nothing to search: {', '.join(methods)} does not train")
@@ -116,7 +138,8 @@ def plan_search(suite: Suite, methods: Sequence[str], seeds: Iterable[int]) -> l
 
 
 def _lacks(suite: Suite, what: str, method: str, table: Mapping[str, Any]) -> str:
-    return f"{suite.name} has no {what} for {method!r}, only for {', '.join(table)}"
+    there = ", ".join(table) or "none"
+    return f"{suite.name} has no {what} for {method!r}, only for {there}"
 
 
 def choose(kind: str, name: str, table: Mapping[str, Any]) -> Any:

@@ -38,16 +38,19 @@ class Environment:
     num_threads: int
     gpus: tuple[str, ...]
     device: str
+    #: Data-parallel processes; threads are those of each.
+    num_processes: int = 1
 
     @property
     def hardware(self) -> str:
         """One line; records whose lines differ do not share a table."""
         gpus = ", ".join(self.gpus) or "no GPU"
-        return f"{self.cpu}, {self.num_threads} threads, {gpus}, on {self.device}"
+        several = f", {self.num_processes} processes" if self.num_processes > 1 else ""
+        return f"{self.cpu}, {self.num_threads} threads, {gpus}, on {self.device}{several}"
 
 
-def environment(device: str) -> Environment:
-    """Looks at this process, which trains on `device`."""
+def environment(device: str, num_processes: int = 1) -> Environment:
+    """Looks at this process, which trains on `device`, one of `num_processes`."""
     import torch
 
     revision = _git("rev-parse", "HEAD")
@@ -64,6 +67,7 @@ def environment(device: str) -> Environment:
         num_threads=torch.get_num_threads(),
         gpus=tuple(torch.cuda.get_device_name(index) for index in range(num_gpus)),
         device=device,
+        num_processes=num_processes,
     )
 
 

@@ -14,7 +14,12 @@ from typing import Any
 from suites.plan import Cell
 from suites.provenance import Environment
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+#: Schemas that are read too: what they lack has a default that says it is unknown.
+#: 1 had no first_step_flops, resumed_at and num_processes.
+OLDER_SCHEMAS = (1,)
+
 STATUSES = ("ok", "oom", "diverged", "failed", "interrupted")
 
 
@@ -60,6 +65,11 @@ class Training:
     num_examples: int = 0
     #: Examples left out because nothing of their completion fits in max_length.
     num_dropped: int = 0
+    #: Floating-point operations of the first step, as torch's counter sees them; None where it
+    #: cannot. It knows nothing of operations by kernels of our own.
+    first_step_flops: int | None = None
+    #: The steps at which it went on from a checkpoint.
+    resumed_at: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,13 +151,17 @@ def now() -> str:
 
 
 def write(record: Record, path: Path) -> None:
-    """Writes `record` to `path` whole or, if that fails (OSError), not at all.
+    """Writes `record` to `path` as `write_whole` does; ValueError for what JSON cannot hold."""
+    write_whole(json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False), path)
 
-    The text goes to a file beside it and is on the disk before it takes the name: a reader
-    never sees half a record, and a full disk leaves the record that was there before.
+
+def write_whole(text: str, path: Path) -> None:
+    """Writes `text` to `path` whole or, if that fails (OSError), not at all.
+
+    It goes to a file beside it and is on the disk before it takes the name: a reader never sees
+    half of it, and a full disk leaves the file that was there before.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False)
     partial = path.with_name(f".{path.name}-{os.getpid()}.tmp")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -168,13 +182,24 @@ def read(path: Path) -> Record:
         raise DamagedRecordError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(values, dict) or "schema_version" not in values:
         raise DamagedRecordError(f"{path}: not a record: it has no schema_version")
-    if values["schema_version"] != SCHEMA_VERSION:
-        found = values["schema_version"]
-        raise DamagedRecordError(f"{path}: schema {found}, this version reads {SCHEMA_VERSION}")
+    found = values["schema_version"]
+    if found not in (*OLDER_SCHEMAS, SCHEMA_VERSION):
+        known = f"{OLDER_SCHEMAS[0]} to {SCHEMA_VERSION}"
+        raise DamagedRecordError(f"{path}: schema {found}, this version reads {known}")
+    values["schema_version"] = SCHEMA_VERSION
     try:
         return _from_dict(values)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise DamagedRecordError(f"{path}: {error}") from error
+
+
+def is_finished(cell: Cell, out: Path) -> bool:
+    """Whether `out` holds the record of `cell`, and it is ok; as `read` raises."""
+    path = cell.record_path(out)
+    if not path.exists():
+        return False
+    found = read(path)
+    return found.status == "ok" and found.cell_hash == cell.hash
 
 
 def _from_dict(values: dict[str, Any]) -> Record:

@@ -11,10 +11,11 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-from suites import embedded, record, workers
-from suites.plan import Cell
+from suites import distributed, embedded, messages, record, workers
+from suites.plan import Cell, Execution
 from suites.progress import Progress, Report
 from suites.record import DamagedRecordError, Record
+from suites.suite import Suite
 
 #: Below this much free space a run is not begun: records, logs and tables need a few megabytes.
 NEEDED_BYTES = 64 * 2**20
@@ -49,33 +50,42 @@ def finished(cells: Sequence[Cell], out: Path) -> tuple[list[Cell], list[str]]:
     """The cells whose record is there and ok, and the damaged records, each with what is wrong."""
     done, damaged = [], []
     for cell in cells:
-        path = cell.record_path(out)
         try:
-            if path.exists() and is_finished(record.read(path), cell):
+            if record.is_finished(cell, out):
                 done.append(cell)
         except DamagedRecordError as error:
             damaged.append(str(error))
     return done, damaged
 
 
-def is_finished(found: Record, cell: Cell) -> bool:
-    return found.status == "ok" and found.cell_hash == cell.hash
-
-
-def run(cells: Sequence[Cell], out: Path, view: Progress) -> None:
+def run(cells: Sequence[Cell], out: Path, way: Execution, view: Progress) -> None:
     """Runs `cells`, which are of one suite, in order; each leaves a record in `out`.
+
+    Cells that another runner works on are left to it.
 
     Raises UnwrittenError when a record cannot be written, NotReadyError when the suite's world
     cannot, and KeyboardInterrupt when stopped, after its child has been.
     """
+    _check_machine(cells[0].suite, way)
     view.say("loading the libraries")
     chosen = workers.context(out / "logs" / "libraries.log")
     made_up = cells[0].suite.world
     world = None if made_up is None else _build_world(made_up, out, chosen, view)
     for cell in cells:
         view.start_cell(cell)
-        status, reason = _run_one(cell, world, out, chosen, view)
+        status, reason = _run_one(cell, world, out, way, chosen, view)
         view.end_cell(cell, f"{status}: {reason}" if reason else status)
+
+
+def _check_machine(suite: Suite, way: Execution) -> None:
+    """Raises NotReadyError for a device or a number of processes that cannot be."""
+    recipe = suite.recipe
+    try:
+        distributed.share(recipe.batch_size, recipe.gradient_accumulation_steps, way.num_processes)
+        if suite.device not in (None, "cpu") or way.num_processes > 1:  # this imports torch
+            distributed.check_device(suite.device, way.num_processes)
+    except ValueError as error:
+        raise NotReadyError(str(error)) from error
 
 
 def _build_world(world: embedded.World, out: Path, chosen: BaseContext, view: Progress) -> Path:
@@ -89,16 +99,23 @@ def _build_world(world: embedded.World, out: Path, chosen: BaseContext, view: Pr
 
     log = out / "logs" / "world.log"
     arguments = (world, embedded.default_cache_dir(), log)
-    code = workers.run_child(chosen, workers.build_world, arguments, hear)
+    killed_before = _num_killed_for_memory()
+    code = workers.run_child(chosen, workers.build_world, [arguments], hear)
     if not built:
-        raise NotReadyError(f"the embedded world was not made: {_death(code)[1]}; see {log}")
+        reason = _death(code, killed_before)[1]
+        raise NotReadyError(f"the embedded world was not made: {reason}; see {log}")
     if built[0].folder is None:
         raise NotReadyError(built[0].problem)
     return built[0].folder
 
 
 def _run_one(
-    cell: Cell, world: Path | None, out: Path, chosen: BaseContext, view: Progress
+    cell: Cell,
+    world: Path | None,
+    out: Path,
+    way: Execution,
+    chosen: BaseContext,
+    view: Progress,
 ) -> tuple[str, str]:
     """Status and reason of `cell`; where its child could write no record, this writes one."""
     last_words: list[Any] = []
@@ -110,18 +127,36 @@ def _run_one(
             last_words.append(message)
 
     started_at, killed_before = record.now(), _num_killed_for_memory()
+    arguments = [(cell, world, out, way, rank) for rank in distributed.ranks(way.num_processes)]
     try:
-        code = workers.run_child(chosen, workers.run_cell, (cell, world, out), hear)
+        code = workers.run_child(chosen, workers.run_cell, arguments, hear)
     except KeyboardInterrupt:
         if not last_words:
             _note_interruption(cell, out, started_at)
         raise
-    match last_words:
-        case [workers.Ended(status, reason)]:
-            return status, reason
-        case [workers.Unwritten(problem)]:
-            raise UnwrittenError(f"{cell.record_path(out)} cannot be written: {problem}")
-    status, reason = _death(code, _num_killed_for_memory() > killed_before)
+    if last_words and not any(isinstance(word, messages.Lost) for word in last_words):
+        return _heard(cell, out, last_words[0])
+    return _note_death(cell, out, started_at, last_words, _death(code, killed_before))
+
+
+def _heard(cell: Cell, out: Path, word: Any) -> tuple[str, str]:
+    """Status and reason by the last word of the cell's child."""
+    if isinstance(word, messages.Unwritten):
+        raise UnwrittenError(f"{cell.record_path(out)} cannot be written: {word.problem}")
+    if isinstance(word, messages.Skipped):
+        return "skipped", word.reason
+    return word.status, word.reason
+
+
+def _note_death(
+    cell: Cell, out: Path, started_at: str, last_words: Sequence[Any], death: tuple[str, str]
+) -> tuple[str, str]:
+    """Records that the cell's processes died, or what one of its ranks died of."""
+    lost = next((word for word in last_words if isinstance(word, messages.Lost)), None)
+    ended = next((word for word in last_words if isinstance(word, messages.Ended)), None)
+    if ended and ended.status == "diverged":  # so did the others, and its record has the losses
+        return ended.status, ended.reason
+    status, reason = (lost.status, lost.reason) if lost else death
     reason += f"; see {cell.log_path(out)}"
     try:
         record.write(Record.of(cell, status, reason, started_at), cell.record_path(out))
@@ -139,12 +174,15 @@ def _note_interruption(cell: Cell, out: Path, started_at: str) -> None:
         record.write(interrupted, cell.record_path(out))
 
 
-def _death(code: int, short_of_memory: bool = False) -> tuple[str, str]:
-    """Status and reason of a child that ended with exit code `code` before its last word."""
+def _death(code: int, killed_before: int) -> tuple[str, str]:
+    """Status and reason of a child that ended with exit code `code` before its last word.
+
+    `killed_before` is `_num_killed_for_memory()` from before it started.
+    """
     if code >= 0:
         return "failed", f"its process ended with exit code {code}"
     name = signal.Signals(-code).name
-    if -code == signal.SIGKILL and short_of_memory:
+    if -code == signal.SIGKILL and _num_killed_for_memory() > killed_before:
         return "oom", f"its process was killed by {name}, the system being short of memory"
     return "failed", f"its process was killed by {name}"
 

@@ -12,6 +12,7 @@ from suites import stats
 from suites.plan import Cell, records_folder, safe_name
 from suites.record import Record
 from suites.report import MixedRecordsError, accuracies, columns, require_comparable
+from suites.suite import Tuning
 from suites.table import drawn, load, make_console, say, spread
 
 
@@ -41,6 +42,17 @@ def present(cells: Sequence[Cell], out: Path) -> int:
     say(console, f"records: {records_folder(suite, out, 'dev')}")
     say(console, f"grids:   {path}")
     return 1 if problems or failed else 0
+
+
+def picks(cells: Sequence[Cell], out: Path) -> dict[str, Tuning]:
+    """Method -> the tuning that its trials `cells` pick; a method without a good trial has none."""
+    records, _ = load(cells, out)
+    found = curves([record for record in records if record.status == "ok"])
+    return {
+        row["method"]: Tuning(row["lr"], row["weight_decay"])
+        for row in found.to_dict("records")
+        if row["picked"]
+    }
 
 
 def curves(records: Sequence[Record]) -> pd.DataFrame:

@@ -31,6 +31,8 @@ class Recipe:
     lr_scheduler_type: str = "linear"
     warmup_ratio: float = 0.03
     max_grad_norm: float = 0.0
+    #: Activations are computed again in the backward pass instead of being kept.
+    gradient_checkpointing: bool = added(False)
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "gradient_accumulation_steps"):
@@ -71,6 +73,8 @@ class Suite:
     eval_batch_size: int = 64
     #: Tasks that run code the model wrote are part of the suite only if this is set.
     allow_code_execution: bool = added(False)
+    #: "cpu" or "cuda:N"; None is the first GPU where there is one.
+    device: str | None = added(None)
     #: How long the suite takes on a machine without a GPU, said before it starts there.
     cpu_note: str = ""
 

@@ -9,7 +9,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from suites import report, stats
+from suites import progress, report, stats
 from suites.plan import Cell, records_folder, safe_name
 from suites.record import DamagedRecordError, Record, read
 
@@ -64,11 +64,33 @@ def load(cells: Sequence[Cell], out: Path) -> tuple[list[Record], list[str]]:
     methods = list(dict.fromkeys(cell.method for cell in cells))
     records, problems = [], []
     for cell in sorted(cells, key=lambda cell: methods.index(cell.method)):
+        path = cell.record_path(out)
         try:
-            records.append(read(cell.record_path(out)))
+            if not path.exists() and is_locked(cell.lock_path(out)):
+                problems.append(f"{progress.title(cell)} is in work by another run")
+                continue
+            found = read(path)
         except DamagedRecordError as error:
             problems.append(str(error))
+            continue
+        if found.cell_hash == cell.hash:
+            records.append(found)
+        else:
+            problems.append(f"{path}: made with other settings, code or data than these")
     return records, problems
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock `path`."""
+    from filelock import FileLock, Timeout
+
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, blocking=False):
+            return False
+    except Timeout:
+        return True
 
 
 def quality(frame: pd.DataFrame) -> pd.DataFrame:

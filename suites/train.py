@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from suites.measure import StepMeter
+from suites.checkpoint import Checkpoints
+from suites.distributed import share
 from suites.methods import Contestant
+from suites.steps import StepMeter
 from suites.suite import Recipe, Tuning
+
+#: The kind of activation checkpointing that works with frozen embeddings, as adapters have them.
+CHECKPOINTING = {"use_reentrant": False}
 
 
 class DivergedError(ArithmeticError):
@@ -26,6 +32,10 @@ class LossWatch(TrainerCallback):
         self.on_step = on_step
         self.losses: list[float] = []
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # After a checkpoint, those of the steps before it.
+        self.losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any
     ) -> None:
@@ -37,56 +47,84 @@ class LossWatch(TrainerCallback):
         self.on_step(state.global_step, logs["loss"])
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What `fit` has to know beside the contestant and the data."""
+
+    recipe: Recipe
+    tuning: Tuning
+    seed: int
+    device: str = "cpu"
+    #: Data-parallel processes, of which this is one; they share the recipe's batch.
+    num_ranks: int = 1
+    #: Where checkpoints go and come from; None for none.
+    checkpoints: Checkpoints | None = None
+
+
 def fit(
     contestant: Contestant,
     examples: Any,
     collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
-    recipe: Recipe,
-    tuning: Tuning,
-    seed: int,
-    device: str,
+    setup: Setup,
     meter: StepMeter,
     watch: LossWatch,
 ) -> tuple[torch.optim.Optimizer, int]:
     """Trains `contestant.model` in place; returns its optimiser and the number of tokens seen.
 
-    The order of the examples depends on `seed` alone, so it is the same for all methods.
-    Raises DivergedError as soon as a loss is not finite.
+    The order of the examples depends on the seed alone, so it is the same for all methods. Goes
+    on from the newest checkpoint, if there is one. Raises DivergedError as soon as a loss is not
+    finite.
     """
-    optimizer = contestant.optimizer(tuning.lr, tuning.weight_decay)
+    optimizer = contestant.optimizer(setup.tuning.lr, setup.tuning.weight_decay)
+    saving, resume_from = [], None
+    if setup.checkpoints is not None:
+        saving, resume_from = [setup.checkpoints], setup.checkpoints.history.folder
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=contestant.model,
-            args=arguments(recipe, seed, device, folder),
+            args=arguments(setup, folder),
             train_dataset=examples,
             data_collator=collate,
             optimizers=(optimizer, None),
-            callbacks=[meter.opening, *contestant.callbacks, meter.closing, watch],
+            callbacks=[meter.opening, *contestant.callbacks, meter.closing, watch, *saving],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        try:
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        finally:
+            meter.stop_counting()
     return optimizer, int(trainer.state.num_input_tokens_seen)
 
 
-def arguments(recipe: Recipe, seed: int, device: str, folder: str) -> TrainingArguments:
-    """The recipe in the Trainer's own words."""
+def arguments(setup: Setup, folder: str) -> TrainingArguments:
+    """The recipe in the Trainer's own words; `folder` is for what is not a checkpoint."""
+    recipe, checkpoints = setup.recipe, setup.checkpoints
+    batch_size, accumulation = local_batch(recipe, setup.num_ranks)
     return TrainingArguments(
-        output_dir=folder,
+        output_dir=str(checkpoints.folder) if checkpoints else folder,
         max_steps=recipe.num_steps,
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing_kwargs=CHECKPOINTING if recipe.gradient_checkpointing else None,
         lr_scheduler_type=recipe.lr_scheduler_type,
         warmup_steps=recipe.warmup_ratio,  # below 1 the Trainer takes it as a share of all steps
         max_grad_norm=recipe.max_grad_norm,
-        seed=seed,
-        data_seed=seed,
+        seed=setup.seed,
+        data_seed=setup.seed,
         remove_unused_columns=False,  # the collator knows which fields it takes
-        use_cpu=device == "cpu",
+        use_cpu=setup.device == "cpu",
+        ddp_find_unused_parameters=False if setup.num_ranks > 1 else None,
         include_num_input_tokens_seen="non_padding",
         # Every loss is logged as it is: a NaN that the Trainer averages away would go unseen.
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        save_strategy="no",
+        save_strategy="no",  # Checkpoints says when
         report_to=[],
     )
+
+
+def local_batch(recipe: Recipe, num_ranks: int) -> tuple[int, int]:
+    """Batch size and accumulation steps of each of `num_ranks`."""
+    return share(recipe.batch_size, recipe.gradient_accumulation_steps, num_ranks)

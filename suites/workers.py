@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -21,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from suites import embedded, record
-from suites.plan import Cell
+from suites.distributed import Rank
+from suites.messages import Built, Ended, Lost, Skipped, Unwritten
+from suites.plan import Cell, Execution
 from suites.progress import Report
 
 #: What every cell imports sooner or later; none of it may start threads or touch a GPU.
@@ -34,27 +38,8 @@ PRELOADED = (
 )
 
 
-@dataclass(frozen=True)
-class Ended:
-    """A cell's last word: its record is written."""
-
-    status: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Built:
-    """The embedded world lies in `folder`, or could not be made, for `problem`."""
-
-    folder: Path | None
-    problem: str = ""
-
-
-@dataclass(frozen=True)
-class Unwritten:
-    """The record could not be written."""
-
-    problem: str
+#: What children get to end by themselves before they are ended.
+GRACE_SECONDS = 3
 
 
 def context(log: Path) -> BaseContext:
@@ -76,28 +61,41 @@ def context(log: Path) -> BaseContext:
 def run_child(
     chosen: BaseContext,
     target: Callable[..., None],
-    arguments: tuple[Any, ...],
+    arguments: Sequence[tuple[Any, ...]],
     hear: Callable[[Any], None],
 ) -> int:
-    """Runs `target(*arguments, connection)` in a child; `hear` gets each message it sends.
+    """Runs `target(*each, connection)` in a child for each of `arguments`, all at once.
 
-    Returns its exit code, the negative signal number if a signal ended it. Whatever interrupts
-    this process stops the child first.
+    `hear` gets every message they send. The first child is the main one: when it ends, or any
+    other fails, the rest have GRACE_SECONDS to end too. Returns the exit code of the first that
+    failed, the negative signal number if a signal ended it, else 0. Whatever interrupts this
+    process stops the children first.
     """
     receiving, sending = chosen.Pipe(duplex=False)
-    child = chosen.Process(target=target, args=(*arguments, sending))
-    child.start()
+    children = [chosen.Process(target=target, args=(*each, sending)) for each in arguments]
+    for child in children:
+        child.start()
     sending.close()
     try:
-        while child.is_alive() or receiving.poll():
-            wait([receiving, child.sentinel])
-            if not _drain(receiving, hear):
-                break
-        child.join()
+        _listen(children, receiving, hear)
+        code = next((child.exitcode for child in children if child.exitcode), 0)
+        _await(children, GRACE_SECONDS)
+        _drain(receiving, hear)
     finally:
-        _stop(child)
+        _stop(children)
         receiving.close()
-    return child.exitcode or 0
+    return code
+
+
+def _listen(
+    children: Sequence[BaseProcess], connection: Connection, hear: Callable[[Any], None]
+) -> None:
+    """Hears the children until the main one has ended or another has failed."""
+    while children[0].is_alive() and not any(child.exitcode for child in children):
+        # Not those that ended well, whose sentinels would wake this all the time.
+        wait([connection, *(child.sentinel for child in children if child.is_alive())])
+        if not _drain(connection, hear):
+            children[0].join()
 
 
 def _drain(connection: Connection, hear: Callable[[Any], None]) -> bool:
@@ -110,28 +108,97 @@ def _drain(connection: Connection, hear: Callable[[Any], None]) -> bool:
     return True
 
 
-def _stop(child: BaseProcess) -> None:
-    """Ends `child` if it still runs: asks, waits, and insists."""
-    if child.is_alive():
-        child.terminate()
-        child.join(timeout=3)
-    if child.is_alive():
-        child.kill()
-        child.join()
+def _await(children: Sequence[BaseProcess], seconds: float) -> None:
+    """Waits until all `children` have ended, `seconds` at most."""
+    deadline = time.monotonic() + seconds
+    for child in children:
+        child.join(timeout=max(0.0, deadline - time.monotonic()))
 
 
-def run_cell(cell: Cell, world: Path | None, out: Path, connection: Connection) -> None:
-    """What a cell's child does: trains, evaluates, writes the record, says how it ended."""
-    _begin(cell.log_path(out))
+def _stop(children: Sequence[BaseProcess]) -> None:
+    """Ends those of `children` that still run: asks, waits, and insists."""
+    for child in children:
+        if child.is_alive():
+            child.terminate()
+    _await(children, GRACE_SECONDS)
+    for child in children:
+        if child.is_alive():
+            child.kill()
+            child.join()
+
+
+def run_cell(
+    cell: Cell, world: Path | None, out: Path, way: Execution, rank: Rank, connection: Connection
+) -> None:
+    """What a cell's child does: trains, evaluates, writes the record, says how it ended.
+
+    Of several ranks only the main one does more than train. Its lock on the cell lasts as long as
+    its process: no other runner works on the cell meanwhile, and none waits for one that died.
+    """
+    log = cell.log_path(out)
+    _begin(log if rank.is_main else log.with_suffix(f".{rank.index}.log"))
+    with _only_worker(cell, out, way, rank) as obstacle:
+        if obstacle:
+            connection.send(Skipped(obstacle))
+            return
+        _work(cell, world, out, way, rank, connection)
+
+
+def _work(
+    cell: Cell, world: Path | None, out: Path, way: Execution, rank: Rank, connection: Connection
+) -> None:
     from suites import cell as cell_module
 
-    outcome = cell_module.run(cell, world, connection.send)
+    outcome = cell_module.run(cell, world, out, way, rank, connection.send)
+    if not rank.is_main:
+        if outcome.status != "ok":
+            connection.send(Lost(outcome.status, f"rank {rank.index}: {outcome.reason}"))
+            sys.exit(1)
+        return
     try:
         record.write(outcome, cell.record_path(out))
     except (OSError, ValueError) as error:
         connection.send(Unwritten(str(error)))
         return
+    if outcome.status in ("ok", "diverged"):  # what else there is may end better another time
+        _discard(cell.checkpoints(out))
     connection.send(Ended(outcome.status, outcome.reason))
+
+
+@contextmanager
+def _only_worker(cell: Cell, out: Path, way: Execution, rank: Rank) -> Iterator[str]:
+    """Holds the cell's lock; gives why there is nothing to do, or "" if there is."""
+    if not rank.is_main:
+        yield ""
+        return
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(cell.lock_path(out))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield "in work by another run"
+        return
+    with lock:
+        if way.force:
+            _discard(cell.checkpoints(out))
+        # Another runner may have finished it since this one looked.
+        is_done = not way.force and _is_finished(cell, out)
+        yield "finished by another run" if is_done else ""
+
+
+def _discard(checkpoints: Path) -> None:
+    """Removes a cell's checkpoints, and the folders above if those are empty now."""
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    with suppress(OSError):
+        checkpoints.parent.rmdir()
+        checkpoints.parent.parent.rmdir()
+
+
+def _is_finished(cell: Cell, out: Path) -> bool:
+    with suppress(record.DamagedRecordError):
+        return record.is_finished(cell, out)
+    return False
 
 
 def build_world(world: embedded.World, cache: Path, log: Path, connection: Connection) -> None:
@@ -150,11 +217,19 @@ def build_world(world: embedded.World, cache: Path, log: Path, connection: Conne
 def _begin(log: Path) -> None:
     """Leaves Ctrl-C to the parent, which ends its children itself, and prints to `log`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     log.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+
+
+def _die_with_parent() -> None:
+    """Ends this process when its runner was killed: nobody else would, and it holds a lock."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager

@@ -7,15 +7,19 @@ import torch
 
 from suites import cell as cell_module
 from suites import record
+from suites.distributed import Rank
+from suites.plan import Execution
 from suites.train import DivergedError
 from tests.suites.arena import cell, small_suite
 
 
 @pytest.fixture(scope="module")
-def run_small(world_folder):
+def run_small(world_folder, tmp_path_factory):
     def run(method, **changes):
         reports = []
-        found = cell_module.run(cell(method, **changes), world_folder, reports.append)
+        out, way = tmp_path_factory.mktemp("out"), Execution(save_seconds=None)
+        of = cell(method, **changes)
+        found = cell_module.run(of, world_folder, out, way, Rank(), reports.append)
         return found, reports
 
     return run

@@ -7,6 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 from suites import measure
+from suites.steps import StepMeter
 
 MIB = 2**20
 
@@ -82,8 +83,8 @@ def test_peak_sees_what_was_freed_again(peak):
     held = torch.ones(64 * MIB // 4)
     time.sleep(0.05)
     del held
-    with_spike, _ = measured.stop(0)
-    without, _ = peak().stop(0)
+    with_spike, _ = measured.read(0)
+    without, _ = peak().read(0)
     assert with_spike - without > 48 * MIB
 
 
@@ -124,7 +125,7 @@ def run_steps(meter, callbacks, num_steps):
 
 
 def test_steps_include_the_methods_callbacks_and_nothing_after():
-    meter = measure.StepMeter("cpu")
+    meter = StepMeter("cpu")
     run_steps(meter, [Slow()], 3)
     assert len(meter.step_seconds) == len(meter.callback_seconds) == 3
     for step, callback in zip(meter.step_seconds, meter.callback_seconds, strict=True):
@@ -133,6 +134,6 @@ def test_steps_include_the_methods_callbacks_and_nothing_after():
 
 
 def test_no_callbacks_cost_next_to_nothing():
-    meter = measure.StepMeter("cpu")
+    meter = StepMeter("cpu")
     run_steps(meter, [], 3)
     assert max(meter.callback_seconds) < 0.002

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from suites.methods import METHODS
-from suites.plan import nearest, override, plan, plan_search, records_folder, safe_name
+from suites.overrides import override
+from suites.plan import nearest, plan, plan_search, records_folder, safe_name
 from suites.suite import ModelSource, Tuning
 from tests.suites.arena import cell, small_suite
 

@@ -70,7 +70,7 @@ def without(name):
         (without("suite_hash"), "suite_hash"),
         (without("scores"), "scores"),
         (without("schema_version"), "schema_version"),
-        (lambda values: values.update(schema_version=99), "schema 99, this version reads 1"),
+        (lambda values: values.update(schema_version=99), "schema 99, this version reads 1 to 2"),
         (lambda values: values.update(status="great"), "'great' is not one of"),
         (lambda values: values.update(surprise=1), "surprise"),
         (lambda values: values["size"].pop("num_trainable"), "num_trainable"),

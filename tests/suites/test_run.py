@@ -10,9 +10,11 @@ import time
 import psutil
 import pytest
 
-from suites import record, run, runner, workers
+from suites import messages, record, run, runner, workers
+from suites.distributed import Rank
 from suites.embedded import default_cache_dir
-from suites.plan import override, plan
+from suites.overrides import override
+from suites.plan import Execution, plan
 from suites.progress import LineProgress, Report, clock
 from tests.suites.arena import BROKEN, cell, finished, small_suite
 
@@ -158,12 +160,12 @@ def test_full_disk_while_writing_stops_the_run(tmp_path, monkeypatch):
     view.start_cell(cell("base"))
 
     def child(chosen, target, arguments, hear):
-        hear(workers.Unwritten("[Errno 28] No space left on device"))
+        hear(messages.Unwritten("[Errno 28] No space left on device"))
         return 0
 
     monkeypatch.setattr(workers, "run_child", child)
     with pytest.raises(runner.UnwrittenError, match=r"base-r2-s0\.json cannot be .* No space"):
-        runner._run_one(cell("base"), None, tmp_path, None, view)
+        runner._run_one(cell("base"), None, tmp_path, Execution(), None, view)
 
 
 def test_child_that_cannot_write_says_so(tmp_path, monkeypatch, world_folder):
@@ -174,8 +176,8 @@ def test_child_that_cannot_write_says_so(tmp_path, monkeypatch, world_folder):
     connection = type("Connection", (), {"send": staticmethod(sent.append)})
     monkeypatch.setattr(record, "write", no_space)
     monkeypatch.setattr(workers, "_begin", lambda log: None)
-    workers.run_cell(cell("base"), world_folder, tmp_path, connection)
-    assert isinstance(sent[-1], workers.Unwritten)
+    workers.run_cell(cell("base"), world_folder, tmp_path, Execution(), Rank(), connection)
+    assert isinstance(sent[-1], messages.Unwritten)
     assert "No space left" in sent[-1].problem
 
 
@@ -213,10 +215,11 @@ def test_interruption_keeps_a_finished_record(tmp_path):
     assert record.read(cell().record_path(tmp_path)) == before
 
 
-def test_death_is_called_out_of_memory_only_where_that_is_known():
-    assert runner._death(-signal.SIGKILL)[0] == "failed"
-    assert runner._death(-signal.SIGKILL, short_of_memory=True)[0] == "oom"
-    assert runner._death(3) == ("failed", "its process ended with exit code 3")
+def test_death_is_called_out_of_memory_only_where_that_is_known(monkeypatch):
+    monkeypatch.setattr(runner, "_num_killed_for_memory", lambda: 4)
+    assert runner._death(-signal.SIGKILL, killed_before=4)[0] == "failed"
+    assert runner._death(-signal.SIGKILL, killed_before=3)[0] == "oom"
+    assert runner._death(3, killed_before=3) == ("failed", "its process ended with exit code 3")
 
 
 def test_lines_tell_phase_step_loss_and_time_left():

@@ -19,6 +19,8 @@ from suites.suite import (
 )
 from tests.suites.arena import small_suite
 
+RETENTION = Task("t", "acc,none", "retention")
+
 
 def test_hash_follows_what_must_be_shared():
     suite = small_suite()
@@ -62,7 +64,7 @@ def test_budget_is_rank_times_the_sides_of_its_targets():
         (lambda: Budget(0, ("q_proj",)), "lora_rank must be positive, got 0"),
         (lambda: Budget(1, ()), "target_modules is empty"),
         (lambda: Tuning(lr=0.0), "lr must be positive, got 0.0"),
-        (lambda: small_suite(tasks=()), "no target task"),
+        (lambda: small_suite(tasks=(RETENTION,)), "no target task"),
         (lambda: small_suite(seeds=()), "no seeds"),
         (lambda: small_suite(limit=0), "limit must be positive, got 0"),
         (lambda: small_suite(eval_batch_size=0), "eval_batch_size must be positive, got 0"),

@@ -7,9 +7,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from baselines.full import Full
-from suites.measure import StepMeter
+from suites.steps import StepMeter
 from suites.suite import Recipe, Tuning
-from suites.train import DivergedError, LossWatch, fit
+from suites.train import DivergedError, LossWatch, Setup, fit
 
 VOCABULARY = 40
 
@@ -44,7 +44,7 @@ def train(model, seed=0, num_steps=4, accumulate=1, on_step=lambda step, loss: N
     recipe = Recipe(num_steps=num_steps, batch_size=4, gradient_accumulation_steps=accumulate)
     contestant = Full().prepare(model, None, num_steps)
     optimizer, num_tokens = fit(
-        contestant, examples, collate, recipe, Tuning(lr), seed, "cpu", meter, watch
+        contestant, examples, collate, Setup(recipe, Tuning(lr), seed), meter, watch
     )
     return collate.seen, meter, watch, optimizer, num_tokens
 

@@ -1,0 +1,131 @@
+"""Checkpoints of a cell under way: when they are written, and from which one it may go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from suites.measure import Meter
+from suites.provenance import Environment
+from suites.record import PhaseCost, now, write_whole
+from suites.steps import StepMeter
+
+#: Written last: a checkpoint without it was not finished.
+HISTORY = "history.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """What a checkpoint must know of the measurements so far, beside the Trainer's own state."""
+
+    #: When the cell was begun.
+    started_at: str
+    #: The steps at which it was resumed.
+    resumed_at: tuple[int, ...] = ()
+    step_seconds: tuple[float, ...] = ()
+    callback_seconds: tuple[float, ...] = ()
+    first_step_flops: int | None = None
+    #: Of the phase `train` until now.
+    cost: PhaseCost | None = None
+    #: The Trainer's checkpoint to go on from.
+    folder: Path | None = None
+
+
+class Checkpoints(TrainerCallback):
+    """Saves every `every_seconds` of training (None: never), keeping the newest checkpoint only.
+
+    Put it behind the meter's `closing`: no step is charged for it. A checkpoint that was made by
+    other code, on other hardware, or in another world is not gone on from, because a record must
+    be able to say of all its steps what made them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        every_seconds: float | None,
+        environment: Environment,
+        world: str | None,
+        is_main: bool = True,
+    ) -> None:
+        self.folder, self.every_seconds, self.is_main = folder, every_seconds, is_main
+        self.made_by = json.loads(json.dumps([dataclasses.asdict(environment), world]))
+        self.history = self._newest() or History(started_at=now())
+        self._saved_at = 0.0
+        self._meters: tuple[Meter, StepMeter] | None = None
+
+    def attach(self, meter: Meter, steps: StepMeter) -> None:
+        """Puts the measurements of the checkpoint into `steps`; saves what both have from now."""
+        history, self._meters = self.history, (meter, steps)
+        steps.step_seconds[:] = history.step_seconds
+        steps.callback_seconds[:] = history.callback_seconds
+        steps.first_step_flops = history.first_step_flops
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved_at = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.every_seconds is not None and state.global_step < state.max_steps:
+            control.should_save = self._is_due()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved_at = time.monotonic()
+        if not self.is_main:
+            return
+        newest = self.folder / f"checkpoint-{state.global_step}"
+        values = {"made_by": self.made_by, "history": dataclasses.asdict(self._now())}
+        write_whole(json.dumps(values), newest / HISTORY)
+        for older in self.folder.glob("checkpoint-*"):
+            if older != newest:
+                shutil.rmtree(older, ignore_errors=True)
+
+    def _is_due(self) -> bool:
+        """Whether to save now; ranks, whose clocks differ, do as the main one does."""
+        import torch
+        import torch.distributed as dist
+
+        assert self.every_seconds is not None
+        due = time.monotonic() - self._saved_at >= self.every_seconds
+        if not (dist.is_available() and dist.is_initialized()):
+            return due
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        flag = torch.tensor([due], dtype=torch.uint8, device=device)
+        dist.broadcast(flag, src=0)
+        return bool(flag.item())
+
+    def _now(self) -> History:
+        assert self._meters is not None, "attach comes first"
+        meter, steps = self._meters
+        return dataclasses.replace(
+            self.history,
+            step_seconds=tuple(steps.step_seconds),
+            callback_seconds=tuple(steps.callback_seconds),
+            first_step_flops=steps.first_step_flops,
+            cost=meter.cost_so_far(),
+            folder=None,
+        )
+
+    def _newest(self) -> History | None:
+        """The history of the newest whole checkpoint that this cell may go on from."""
+        found = []
+        for path in self.folder.glob(f"checkpoint-*/{HISTORY}"):
+            try:
+                values = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                continue  # a disk that lost what was written to it
+            if values["made_by"] == self.made_by:
+                found.append((int(path.parent.name.partition("-")[2]), path.parent, values))
+        if not found:
+            return None
+        step, folder, values = max(found, key=lambda each: each[0])
+        history = {**values["history"], "folder": folder}
+        history["cost"] = PhaseCost(**history["cost"])
+        for name in ("resumed_at", "step_seconds", "callback_seconds"):
+            history[name] = tuple(history[name])
+        history["resumed_at"] += (step,)
+        return History(**history)

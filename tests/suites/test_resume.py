@@ -1,0 +1,130 @@
+"""A cell that was killed goes on from its checkpoint and ends as one that never was."""
+
+import dataclasses
+import json
+import os
+import signal
+from multiprocessing import forkserver
+
+import psutil
+import pytest
+
+from suites import record, runner
+from suites.checkpoint import HISTORY, Checkpoints
+from suites.embedded import default_cache_dir
+from suites.methods import METHODS
+from suites.plan import Execution
+from suites.progress import LineProgress
+from suites.record import PhaseCost
+from suites.suite import Recipe
+from tests.suites.arena import ENVIRONMENT, cell, small_suite
+
+NUM_STEPS, KILLED_AT = 50, 33  # between two reselections of SpIEL
+EVERY_STEP = Execution(save_seconds=0)
+
+
+class Silent:
+    def print(self, *_, **__):
+        pass
+
+
+class Killer(LineProgress):
+    """Kills the cell's process when it says that a step is done."""
+
+    def __init__(self, cells, step=None):
+        super().__init__(Silent(), cells)
+        self.step = step
+
+    def hear(self, report):
+        if self.step and report.step and report.step >= self.step:
+            for child in psutil.Process(forkserver._forkserver._forkserver_pid).children():
+                child.send_signal(signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, world_cache):
+    monkeypatch.setenv("SPIEL_CACHE", str(world_cache))
+    assert default_cache_dir() == world_cache
+
+
+def run(of, out, way=EVERY_STEP, killed_at=None):
+    runner.run([of], out, way, Killer([of], killed_at))
+    return record.read(of.record_path(out))
+
+
+def trained(method):
+    of = cell(method, suite=small_suite(recipe=Recipe(num_steps=NUM_STEPS, batch_size=4)))
+    if method == "lora":  # its random state counts too
+        options = {**METHODS["lora"].options, "dropout": 0.1}
+        of = dataclasses.replace(of, entry=dataclasses.replace(of.entry, options=options))
+    return of
+
+
+def results(found):
+    """What may not depend on how often the cell was interrupted."""
+    training = found.training
+    size = dataclasses.replace(found.size)
+    return training.losses, training.num_tokens, training.first_step_flops, size, found.scores
+
+
+@pytest.mark.parametrize("method", ["lora", "spiel", "full"])
+def test_killed_and_resumed_is_as_never_interrupted(method, tmp_path):
+    of = trained(method)
+    unbroken = run(of, tmp_path / "unbroken", Execution(save_seconds=None))
+    assert not (tmp_path / "unbroken" / "checkpoints").exists()
+
+    out = tmp_path / "broken"
+    killed = run(of, out, killed_at=KILLED_AT)
+    assert (killed.status, "SIGKILL" in killed.reason) == ("failed", True)
+    resumed = run(of, out)
+    assert resumed.status == "ok"
+    (step,) = resumed.training.resumed_at
+    assert KILLED_AT - 1 <= step < NUM_STEPS
+    assert results(resumed) == results(unbroken)
+    assert len(resumed.training.step_seconds) == NUM_STEPS
+    assert resumed.training.first_step_flops > 0
+    assert resumed.started_at <= killed.ended_at
+    assert resumed.phases["train"].seconds > sum(resumed.training.step_seconds)
+    assert not (out / "checkpoints").exists()
+
+
+def checkpoints(folder, **changes):
+    environment = dataclasses.replace(ENVIRONMENT, **changes)
+    return Checkpoints(folder, 60.0, environment, "world-1")
+
+
+def write_history(folder, step, by):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    history = dataclasses.replace(by.history, cost=PhaseCost(2.0, 3), folder=None)
+    history = dataclasses.asdict(history)
+    (path / HISTORY).write_text(json.dumps({"made_by": by.made_by, "history": history}))
+
+
+def test_the_newest_whole_checkpoint_is_gone_on_from(tmp_path):
+    assert checkpoints(tmp_path).history.folder is None
+    for step in (9, 10):
+        write_history(tmp_path, step, checkpoints(tmp_path))
+    (tmp_path / "checkpoint-11").mkdir()  # killed before it was whole
+    found = checkpoints(tmp_path).history
+    assert found.folder == tmp_path / "checkpoint-10"
+    assert found.resumed_at == (9, 10)
+    assert found.cost == PhaseCost(2.0, 3)
+
+
+@pytest.mark.parametrize("changes", [{"git_revision": "f00"}, {"cpu": "B"}, {"num_processes": 2}])
+def test_what_other_code_or_hardware_made_is_not(tmp_path, changes):
+    write_history(tmp_path, 9, checkpoints(tmp_path))
+    assert checkpoints(tmp_path, **changes).history.folder is None
+
+
+def test_a_damaged_history_is_no_checkpoint(tmp_path):
+    write_history(tmp_path, 9, checkpoints(tmp_path))
+    os.truncate(tmp_path / "checkpoint-9" / HISTORY, 20)
+    assert checkpoints(tmp_path).history.folder is None
+
+
+def test_force_begins_anew(tmp_path):
+    of = trained("lora")
+    run(of, tmp_path, killed_at=KILLED_AT)
+    assert run(of, tmp_path, Execution(force=True)).training.resumed_at == ()

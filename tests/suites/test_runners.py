@@ -1,0 +1,83 @@
+"""Two runners on one results folder, in real processes, and what a killed one leaves."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from suites import record, table
+from suites.overrides import override
+from suites.plan import plan
+from tests.suites.arena import finished, small_suite
+
+STEPS = 100_000
+
+
+@pytest.fixture
+def start(tmp_path, world_cache):
+    """Starts the command on cells that train for hours; what still runs at the end is ended."""
+    started = []
+
+    def start():
+        arguments = ["small", "--methods", "base,lora", "--seeds", "0", "--steps", str(STEPS)]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.suites.arena", *arguments, "--out", str(tmp_path)],
+            env={**os.environ, "SPIEL_CACHE": str(world_cache)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_for(process, text):
+    for line in process.stderr:
+        if text in line:
+            return
+    raise AssertionError(f"it never said {text!r}")
+
+
+def test_a_second_runner_leaves_cells_in_work_alone(start, tmp_path):
+    first = start()
+    wait_for(first, "lora seed 0: train")
+    second = start()
+    printed, told = second.communicate(timeout=60)
+    assert "1 of 2 cells are finished and skipped" in told
+    assert "lora seed 0: skipped: in work by another run" in told
+    assert second.returncode == 1  # the table is not whole
+    assert "lora seed 0 is in work by another run" in printed
+    assert "base" in printed
+
+    family = psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    alive = [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
+    assert alive == []  # nobody trains on without a runner, holding the lock
+    folder = tmp_path / "records" / f"small-steps{STEPS}" / "world"
+    assert [path.name for path in folder.iterdir()] == ["base-r2-s0.json"]
+    assert record.read(folder / "base-r2-s0.json").status == "ok"
+
+
+def test_cells_that_another_runner_finished_are_in_the_table(tmp_path, capsys):
+    cells = plan(override(small_suite(), steps=STEPS), ["base", "lora"], [0])
+    for each in cells:
+        record.write(finished(each), each.record_path(tmp_path))
+    assert table.present(cells, tmp_path) == 0
+    assert "lora" in capsys.readouterr().out
+
+
+def test_records_of_another_cell_are_not_counted(tmp_path, capsys):
+    lora = plan(small_suite(), ["lora"], [0])[0]
+    other = plan(override(small_suite(), steps=7), ["lora"], [0])[0]
+    record.write(finished(other), lora.record_path(tmp_path))
+    assert table.present([lora], tmp_path) == 1
+    assert "not counted: " in capsys.readouterr().out
