@@ -22,11 +22,6 @@ def is_4bit(layer: nn.Module) -> bool:
     return any(cls.__name__ == "Linear4bit" for cls in type(layer).__mro__)
 
 
-def is_8bit(layer: nn.Module) -> bool:
-    """Whether this is bitsandbytes' Linear8bitLt; answers without importing bitsandbytes."""
-    return any(cls.__name__ == "Linear8bitLt" for cls in type(layer).__mro__)
-
-
 class _LinearOfTemporary(torch.autograd.Function):
     """x @ W.T with a W that is made when needed, and neither saved nor given a gradient."""
 
