@@ -185,6 +185,7 @@ class SpielLinear(nn.Module, BaseTunerLayer):
         """`out`, with what gives the deltas of `adapters` their gradients in its history."""
         if not torch.is_grad_enabled():
             return out
+        ops.forget_operands()
         deltas = [self.spiel_deltas[name] for name in adapters]
         for parameter in deltas:  # copying and loading make new Parameters
             _LAYERS[parameter] = weakref.ref(self)

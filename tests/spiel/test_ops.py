@@ -131,3 +131,14 @@ def test_the_rule_takes_the_sampled_product_where_it_is_faster():
     assert ops.choose_backend(cpu, 1000, 512 * 512) == "sampled"
     assert ops.choose_backend(cpu, 512 * 100, 512 * 512) == "blocked"
     assert ops.choose_backend(cpu, 10, 32 * 32) == "blocked"
+
+
+def test_operands_that_change_or_move_are_transposed_anew():
+    left, right = operands(20, 6, 9)
+    indices = random_support(20, 54)
+    with ops.use_backend("sampled"):
+        for changed in (right, right.mul_(2), right[:, torch.randperm(9)], right[1:][:, :9]):
+            values = ops.sampled_gradient(left[: len(changed)], changed, indices)
+            expected = reference.sampled_gradient(left[: len(changed)], changed, indices)
+            assert_close_rms(values, expected, 1e-5)
+    ops.forget_operands()
