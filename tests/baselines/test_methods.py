@@ -8,7 +8,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from suites import cell as cell_module
+from suites.distributed import Rank
 from suites.methods import METHODS
+from suites.plan import Execution
 from suites.suite import Recipe, Tuning
 from tests.baselines.llama import budget, logits, make_llama, train
 from tests.suites.arena import cell, small_suite
@@ -116,12 +118,14 @@ def test_full_refuses_4_bits(four_bits):
 
 
 @pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "lora"])
-def test_it_goes_through_a_cell(name, world_folder):
+def test_it_goes_through_a_cell(name, world_folder, tmp_path):
     """The Trainer, a table's sizes and lm-eval, which some tuners of peft may not survive."""
     suite = small_suite(
         tunings=dict.fromkeys(METHODS, Tuning(lr=1e-3)), recipe=Recipe(num_steps=6, batch_size=4)
     )
-    found = cell_module.run(cell(name, suite=suite), world_folder, lambda report: None)
+    way = Execution(save_seconds=None)
+    of = cell(name, suite=suite)
+    found = cell_module.run(of, world_folder, tmp_path, way, Rank(), lambda report: None)
     assert (found.status, found.reason) == ("ok", "")
     assert len(found.training.losses) == suite.recipe.num_steps
     assert found.size.artifact_bytes > found.size.num_trainable
