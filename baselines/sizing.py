@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from functools import cache
 
@@ -50,23 +51,19 @@ def solve(count: Callable[[int], int], asked: int, largest: int, refusal: str) -
 
     falls = tally(1) > tally(largest)
     knobs = range(largest, 0, -1) if falls else range(1, largest + 1)
-    fits, beyond = -1, len(knobs)  # places in `knobs`, whose counts grow
-    while beyond - fits > 1:
-        middle = (fits + beyond) // 2
-        if tally(knobs[middle]) <= asked:
-            fits = middle
-        else:
-            beyond = middle
-    most = tally(knobs[fits]) if fits >= 0 else 0
-    if beyond < len(knobs) and tally(knobs[beyond]) < float("inf"):
-        most = tally(knobs[beyond])
-    if most == 0:
+    place = bisect_right(knobs, asked, key=tally)  # of the first that is too large
+    most = max((tally(knob) for knob in knobs[max(0, place - 1) : place + 1]), key=_if_finite)
+    if most == float("inf"):
         count(1)  # raises what is wrong with every knob
     require_enough(most, asked, refusal)
     # What falls with the knob falls in steps, as the bases of RandLoRA: the next one may be nearer.
     reach = 8 if falls else 1
-    near = [knobs[i] for i in range(max(0, fits - reach), min(len(knobs), beyond + reach))]
+    near = knobs[max(0, place - reach) : place + reach]
     return min(near, key=lambda knob: abs(tally(knob) - asked))
+
+
+def _if_finite(count: float) -> float:
+    return count if count < float("inf") else -1
 
 
 def require_enough(most: float, asked: int, refusal: str) -> None:
