@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from suites.embedded import World
-from suites.suite import WORLD, Budget, DataSource, ModelSource, Recipe, Suite, Task, Tuning
+import dataclasses
 
-LLAMA_PROJECTIONS = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-)
+from suites.embedded import World
+from suites.footprint import footprint_suites
+from suites.instruction import LLAMA_PROJECTIONS, instruction_suites
+from suites.metamath import metamath
+from suites.suite import WORLD, Budget, DataSource, ModelSource, Recipe, Suite, Task, Tuning
 
 
 def _learning_rates(*values: float) -> tuple[Tuning, ...]:
@@ -64,4 +59,46 @@ def quickstart() -> Suite:
     )
 
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (quickstart(),)}
+def lab() -> Suite:
+    """The embedded world at a size for one GPU, for statistics over many seeds."""
+    return dataclasses.replace(
+        quickstart(),
+        name="lab",
+        description="the embedded world with 19 million weights, for many seeds on one GPU; "
+        "learning rates by --search",
+        data=DataSource(path=f"{WORLD}/data/train.jsonl", max_length=16),
+        recipe=Recipe(num_steps=400, batch_size=64, lr_scheduler_type="cosine", warmup_ratio=0.05),
+        tunings={},
+        grids={
+            "full": _learning_rates(3e-5, 1e-4, 2e-4, 3e-4, 6e-4),
+            "lora": _learning_rates(3e-4, 6e-4, 1e-3, 2e-3, 4e-3),
+            "spiel": _learning_rates(2e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+        },
+        world=World(
+            num_entities=1600,
+            num_clusters=64,
+            num_values=192,
+            num_questions=2000,
+            hidden_size=512,
+            intermediate_size=1376,
+            num_layers=6,
+            num_heads=8,
+            initializer_range=0.02,
+            pretraining_steps=400,
+            pretraining_lr=1e-3,
+        ),
+        seeds=tuple(range(10)),
+        cpu_note="",
+    )
+
+
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        quickstart(),
+        lab(),
+        *instruction_suites(),
+        metamath(),
+        *footprint_suites(),
+    )
+}

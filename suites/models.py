@@ -73,6 +73,7 @@ def random_model(source: ModelSource, device: str) -> PreTrainedModel:
     options = _weights(source)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=options["dtype"])
+    model.tie_weights()
     if source.quantize:
         model = _empty_4bit(model, options["quantization_config"])
     _fill(model, config.initializer_range, device)
@@ -145,7 +146,6 @@ def _fill(model: PreTrainedModel, spread: float, device: str) -> None:
             setattr(module, name, made[parameter])
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
-    model.tie_weights()
 
 
 def _random(

@@ -137,7 +137,7 @@ def parse_methods(text: str | None, suite: Suite, searching: bool = False) -> tu
 def listing() -> str:
     """Suites and methods, a line each."""
     lines = ["suites"]
-    lines += [f"  {name:<14}{suite.description}" for name, suite in SUITES.items()]
+    lines += [f"  {name:<16}{suite.description}" for name, suite in SUITES.items()]
     lines += ["methods"]
-    lines += [f"  {name:<14}{entry.description}" for name, entry in METHODS.items()]
+    lines += [f"  {name:<16}{entry.description}" for name, entry in METHODS.items()]
     return "\n".join(lines)

@@ -75,7 +75,7 @@ class Suite:
     allow_code_execution: bool = added(False)
     #: "cpu" or "cuda:N"; None is the first GPU where there is one.
     device: str | None = added(None)
-    #: How long the suite takes on a machine without a GPU, said before it starts there.
+    #: What it takes without a GPU ("a cell takes hours"), said before it starts there.
     cpu_note: str = ""
 
     def __post_init__(self) -> None:

@@ -1,0 +1,36 @@
+"""A user's own suite: a Python file whose SUITE is one."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from suites.suite import Suite
+
+
+def is_file(name: str) -> bool:
+    """Whether `name`, given where a suite's name is expected, means a file."""
+    return name.endswith(".py")
+
+
+def load_suite(path: str | Path) -> Suite:
+    """The value SUITE of the Python file `path`, which is executed.
+
+    Raises ValueError that names the file for one that is missing, fails, or has no such value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"suite file {path} is not there")
+    spec = importlib.util.spec_from_file_location(f"user_suite_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"suite file {path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's code raises
+        raise ValueError(f"suite file {path} fails: {type(error).__name__}: {error}") from error
+    suite = getattr(module, "SUITE", None)
+    if not isinstance(suite, Suite):
+        kind = "nothing" if suite is None else type(suite).__name__
+        raise ValueError(f"suite file {path}: SUITE must be a suites.suite.Suite, it is {kind}")
+    return suite
