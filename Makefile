@@ -2,13 +2,16 @@
 PYTHON ?= $(shell command -v python3.11 >/dev/null && echo python3.11 || echo python3)
 RUN = .venv/bin/python -m
 
-.PHONY: quickstart test lint format
+.PHONY: quickstart test bench lint format
 
 quickstart: .venv/installed
 	$(RUN) suites.run quickstart --methods base,full,lora,spiel
 
 test: lint
 	$(RUN) pytest
+
+bench: .venv/installed
+	$(RUN) pytest tests/benchmarks -s --benchmark-json=results/benchmarks.json
 
 lint: .venv/installed
 	$(RUN) ruff check .
