@@ -14,6 +14,9 @@ from transformers import TrainerCallback
 from baselines import sizing
 from baselines.contestant import AdamWContestant, adapted
 
+#: Train steps where their number is not known yet and does not change a size.
+MANY = 10**9
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -33,28 +36,31 @@ class Adapter:
     seed: str | None = None
 
     def prepare(self, model: torch.nn.Module, budget: Any, total_steps: int) -> AdamWContestant:
-        options = dict(self.config)
+        config = self._solved(model, budget, total_steps)
         if self.seed is not None:
-            options[self.seed] = int(torch.randint(2**31, ()))
-        if "total_step" in _field_names(self.peft_type):
-            options["total_step"] = total_steps
-        if self.knob is not None:
-            options |= self._sized(self._solve(model, budget, options))
-        config = make_config(self.peft_type, options, budget.target_modules)
+            setattr(config, self.seed, int(torch.randint(2**31, ())))
         contestant = adapted(self.name, model, config)
         if not hasattr(contestant.model.base_model, "update_and_allocate"):
             return contestant
         return AdamWContestant(contestant.model, [Allocation(contestant.model.base_model)])
 
+    def size(self, model: torch.nn.Module, budget: Any) -> int:
+        return sizing.count_trainable(model, self._solved(model, budget))
+
+    def _solved(self, model: torch.nn.Module, budget: Any, total_steps: int = MANY) -> PeftConfig:
+        sized = {} if self.knob is None else self._sized(self._solve(model, budget))
+        options = {**self.config, **sized}
+        return make_config(self.peft_type, options, budget.target_modules, total_steps)
+
     def _sized(self, size: int) -> dict[str, Any]:
         assert self.knob is not None
         return {self.knob: size} | {name: size * each for name, each in self.per_knob.items()}
 
-    def _solve(self, model: torch.nn.Module, budget: Any, options: Mapping[str, Any]) -> int:
+    def _solve(self, model: torch.nn.Module, budget: Any) -> int:
         asked = budget.num_weights(model)
 
         def count(size: int) -> int:
-            sized = {**options, **self._sized(size)}
+            sized = {**self.config, **self._sized(size)}
             config = make_config(self.peft_type, sized, budget.target_modules)
             return sizing.count_trainable(model, config)
 
@@ -63,8 +69,9 @@ class Adapter:
 
     def _largest(self, model: torch.nn.Module, budget: Any, asked: int) -> int:
         """What to search the knob below: where it has a meaning, or what no count exceeds."""
-        if self.knob == "num_virtual_tokens":
-            return model.config.get_text_config().max_position_embeddings
+        text = model.config.get_text_config()
+        if self.knob == "num_virtual_tokens" and not hasattr(text, "rope_parameters"):
+            return text.max_position_embeddings  # places are looked up in a table of that length
         if self.knob == "r":
             return sizing.full_rank(budget.target_shapes(model))
         return asked
@@ -81,9 +88,12 @@ class Allocation(TrainerCallback):
 
 
 def make_config(
-    peft_type: str, options: Mapping[str, Any], target_modules: tuple[str, ...]
+    peft_type: str,
+    options: Mapping[str, Any],
+    target_modules: tuple[str, ...],
+    total_steps: int = MANY,
 ) -> PeftConfig:
-    """peft's config for causal language models with `options`.
+    """peft's config for causal language models with `options`, told `total_steps` if it asks.
 
     Raises ValueError, with what is allowed, for a method or a field that this version of peft does
     not know, and what peft raises for a value that it refuses.
@@ -95,6 +105,8 @@ def make_config(
     values = {"task_type": "CAUSAL_LM", **options}
     if "target_modules" in known:
         values.setdefault("target_modules", list(target_modules))
+    if "total_step" in known:
+        values["total_step"] = total_steps
     return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type](**values)
 
 

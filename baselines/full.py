@@ -18,3 +18,6 @@ class Full:
         if is_quantised(model):
             raise ValueError("full cannot train a quantised model: its weights have no gradient")
         return AdamWContestant(model.requires_grad_(True))
+
+    def size(self, model: torch.nn.Module, budget: Any) -> int:
+        return sum(weight.numel() for weight in model.parameters())

@@ -48,6 +48,11 @@ class Lora:
         )
         return adapted(self.name, model, config)
 
+    def size(self, model: torch.nn.Module, budget: Any) -> int:
+        sides = {name: sum(shape) for name, shape in budget.target_shapes(model).items()}
+        ranks = self.ranks(model, budget)
+        return sum(rank * sides[name] for name, rank in ranks.items()) + self._extra(model, budget)
+
     def ranks(self, model: torch.nn.Module, budget: Any) -> dict[str, int]:
         """The rank of each targeted module by its full name.
 
@@ -55,13 +60,17 @@ class Lora:
         """
         asked = budget.num_weights(model)  # raises where there are no targets
         shapes = budget.target_shapes(model)
-        extra = 0
-        if self.variant.get("use_dora"):  # a magnitude for each output (arXiv 2402.09353)
-            extra = sum(num_out for num_out, _ in shapes.values())
+        extra = self._extra(model, budget)
         most = sizing.full_rank(shapes) * budget.num_sides(model) + extra
         refusal = f"{self.name} cannot have {asked} weights (budget {budget.label})"
         sizing.require_enough(most, asked, refusal)
         return solve_ranks({name: sum(shape) for name, shape in shapes.items()}, asked - extra)
+
+    def _extra(self, model: torch.nn.Module, budget: Any) -> int:
+        """Weights beside the two matrices: DoRA's magnitudes, one an output (arXiv 2402.09353)."""
+        if not self.variant.get("use_dora"):
+            return 0
+        return sum(num_out for num_out, _ in budget.target_shapes(model).values())
 
 
 def solve_ranks(sides: Mapping[str, int], asked: int) -> dict[str, int]:

@@ -72,6 +72,6 @@ def require_enough(most: float, asked: int, refusal: str) -> None:
         raise ValueError(f"{refusal}; the most it can have is {most}")
 
 
-def full_rank(shapes: Mapping[str, tuple[int, ...]]) -> int:
+def full_rank(shapes: Mapping[str, tuple[int, int]]) -> int:
     """The largest rank that a change of any of the weights can have, by their shapes."""
     return max(min(shape) for shape in shapes.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,28 @@ class Supertuning:
             raise ValueError(f"low_rank_share must be in [0, 1), got {self.low_rank_share}")
 
     def prepare(self, model: torch.nn.Module, budget: Any, total_steps: int) -> AdamWContestant:
-        asked = budget.num_weights(model)
-        numels = [rows * columns for rows, columns in budget.target_shapes(model).values()]
+        rank, sparsity = self._solved(model, budget)
+        config = SupertuningConfig(
+            task_type="CAUSAL_LM",
+            sparsity=sparsity,
+            select_top=self.select_top,
+            r=rank,
+            lora_alpha=None if rank is None else self.alpha_over_rank * rank,
+            target_modules=list(budget.target_modules),
+        )
+        return adapted(self.name, model, config)
+
+    def size(self, model: torch.nn.Module, budget: Any) -> int:
+        rank, sparsity = self._solved(model, budget)
+        return kept(_numels(model, budget), sparsity) + (rank or 0) * budget.num_sides(model)
+
+    def _solved(self, model: torch.nn.Module, budget: Any) -> tuple[int | None, float]:
+        """The rank, if it is to have one, and the sparsity.
+
+        Raises ValueError if the budget is too small for every target to have its share, or if it
+        is more than the targets' weights.
+        """
+        asked, numels = budget.num_weights(model), _numels(model, budget)
         rank = self._rank(asked, budget.num_sides(model))
         num_sparse = asked - (rank or 0) * budget.num_sides(model)
         if num_sparse < len(numels):
@@ -42,15 +62,7 @@ class Supertuning:
             )
         refusal = f"{self.name} cannot have {num_sparse} sparse weights (budget {budget.label})"
         sizing.require_enough(sum(numels), num_sparse, refusal)
-        config = SupertuningConfig(
-            task_type="CAUSAL_LM",
-            sparsity=solve_sparsity(numels, num_sparse),
-            select_top=self.select_top,
-            r=rank,
-            lora_alpha=None if rank is None else self.alpha_over_rank * rank,
-            target_modules=list(budget.target_modules),
-        )
-        return adapted(self.name, model, config)
+        return rank, solve_sparsity(numels, num_sparse)
 
     def _rank(self, asked: int, num_sides: int) -> int | None:
         if self.low_rank_share == 0:
@@ -58,15 +70,19 @@ class Supertuning:
         return max(1, round(self.low_rank_share * asked / num_sides))
 
 
-def solve_sparsity(numels: Iterable[int], asked: int) -> float:
-    """The sparsity at which peft, which rounds down in each weight, keeps nearest to `asked`."""
-    numels = tuple(numels)
+def _numels(model: torch.nn.Module, budget: Any) -> list[int]:
+    return [rows * columns for rows, columns in budget.target_shapes(model).values()]
 
-    def kept(sparsity: float) -> int:
-        return sum(int(numel * (1 - sparsity)) for numel in numels)
 
+def solve_sparsity(numels: Sequence[int], asked: int) -> float:
+    """The largest sparsity at which peft keeps at least `asked` of weights with `numels`."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if kept(middle) >= asked else (low, middle)
+        low, high = (middle, high) if kept(numels, middle) >= asked else (low, middle)
     return low
+
+
+def kept(numels: Sequence[int], sparsity: float) -> int:
+    """How many peft trains, which rounds down in each weight."""
+    return sum(int(numel * (1 - sparsity)) for numel in numels)

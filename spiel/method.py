@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
+from spiel.budget import share_out
 from spiel.callback import SpielCallback
 from spiel.config import SpielConfig
 from spiel.optim import SpielAdamW
@@ -30,7 +31,7 @@ class Budget(Protocol):
 
     def num_weights(self, model: nn.Module) -> int: ...
 
-    def target_shapes(self, model: nn.Module) -> dict[str, tuple[int, ...]]: ...
+    def target_shapes(self, model: nn.Module) -> dict[str, tuple[int, int]]: ...
 
 
 @dataclass
@@ -61,17 +62,9 @@ class Spiel:
     reselection_rate_policy: str
 
     def prepare(self, model: nn.Module, budget: Budget, total_steps: int) -> SpielContestant:
-        """Raises ValueError if the budget is more than the targeted weights."""
-        asked = budget.num_weights(model)
-        most = sum(math.prod(shape) for shape in budget.target_shapes(model).values())
-        if asked > most:
-            raise ValueError(
-                f"spiel-{self.growth} cannot have {asked} weights (budget {budget.label}); "
-                f"the most it can have is {most}"
-            )
         config = SpielConfig(
             growth=self.growth,
-            num_tunable_weights=asked,
+            num_tunable_weights=self._num_weights(model, budget),
             reselection_steps=self.reselection_steps,
             selection_accumulation_steps=self.selection_accumulation_steps,
             initial_reselection_rate=self.initial_reselection_rate,
@@ -82,3 +75,18 @@ class Spiel:
         adapted = get_peft_model(model, config)
         num_trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         return SpielContestant(adapted, [SpielCallback()], num_trainable, self.growth)
+
+    def size(self, model: nn.Module, budget: Budget) -> int:
+        shapes = budget.target_shapes(model)
+        return sum(share_out(self._num_weights(model, budget), shapes).values())
+
+    def _num_weights(self, model: nn.Module, budget: Budget) -> int:
+        """Raises ValueError if the budget is more than the targeted weights."""
+        asked = budget.num_weights(model)
+        most = sum(math.prod(shape) for shape in budget.target_shapes(model).values())
+        if asked > most:
+            raise ValueError(
+                f"spiel-{self.growth} cannot have {asked} weights (budget {budget.label}); "
+                f"the most it can have is {most}"
+            )
+        return asked

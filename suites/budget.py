@@ -93,7 +93,7 @@ class Budget:
             raise ValueError(f"the model has none of the targeted modules: {wanted}")
         return sum(sum(shape) for shape in shapes)
 
-    def target_shapes(self, model: Any) -> dict[str, tuple[int, ...]]:
+    def target_shapes(self, model: Any) -> dict[str, tuple[int, int]]:
         """The shape of each targeted weight by its module's full name, unpacked from any 4 bits."""
         return {
             name: (module.out_features, module.in_features)

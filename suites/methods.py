@@ -46,6 +46,10 @@ class Method(Protocol):
         """Makes `model` trainable within `budget`; random choices follow torch's global seed."""
         ...
 
+    def size(self, model: torch.nn.Module, budget: Budget) -> int:
+        """What `prepare` would train; `model` may be without values, and stays as it is."""
+        ...
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from baselines import sizing
 from baselines.adapter import Adapter, make_config
@@ -117,17 +117,6 @@ def test_counting_leaves_the_model_as_it_is(model):
     assert dict(model.named_modules()) == before
 
 
-def test_adalora_moves_its_budget_while_it_trains(model):
-    """A method that must be called in each step is, by a callback, and told the number of steps."""
-    contestant = Adapter("adalora", "ADALORA", {"init_r": 4}).prepare(model, budget(), 7)
-    assert contestant.model.peft_config["default"].total_step == 7
-    (callback,) = contestant.callbacks
-    seen = []
-    callback.tuner = type("Tuner", (), {"update_and_allocate": staticmethod(seen.append)})
-    callback.on_optimizer_step(None, type("State", (), {"global_step": 3}), None)
-    assert seen == [3]
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -146,6 +135,14 @@ def test_bad_hyper_parameters_are_named(make, message):
 def test_lora_without_targets_names_them(model):
     with pytest.raises(ValueError, match="none of the targeted modules: nowhere"):
         Lora().prepare(model, Budget(2, ("nowhere",)), 10)
+
+
+def test_a_prefix_ends_with_a_table_of_places():
+    config = GPT2Config(vocab_size=9, n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    prefix = Adapter("prefix", "PREFIX_TUNING", knob="num_virtual_tokens")
+    asked = Budget(target_modules=("c_proj",), num_trainable=400)
+    with pytest.raises(ValueError, match=r"prefix cannot have 400 .*; the most it can have is 256"):
+        prefix.prepare(GPT2LMHeadModel(config), asked, 10)
 
 
 def test_too_few_for_sparse_and_low_rank_is_refused(model):

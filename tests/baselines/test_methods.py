@@ -4,20 +4,23 @@ import contextlib
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AdaLoraModel, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from suites import cell as cell_module
 from suites.distributed import Rank
-from suites.methods import METHODS
-from suites.plan import Execution
+from suites.methods import METHODS, entry_of
+from suites.plan import Cell, Execution
 from suites.suite import Recipe, Tuning
 from tests.baselines.llama import budget, logits, make_llama, train
-from tests.suites.arena import cell, small_suite
+from tests.suites.arena import small_suite
 
 TRAINED = [name for name, entry in METHODS.items() if entry.trains]
 ADAPTERS = [name for name in TRAINED if name != "full"]
 MATCHED = [name for name, entry in METHODS.items() if entry.matched]
+
+#: Prefixes have no end where places are rotations.
+BOUNDED = [name for name in MATCHED if name != "prefix"]
 
 #: Whose size goes in steps, and the largest share of a budget that they miss here.
 COARSE = {"miss": 0.06, "randlora": 0.25, "shira": 0.1}
@@ -66,7 +69,15 @@ def test_it_meets_a_budget(name, size):
     assert contestant.num_trainable == pytest.approx(asked, rel=COARSE.get(name, 0.01))
 
 
-@pytest.mark.parametrize("name", MATCHED)
+@pytest.mark.parametrize("name", METHODS)
+def test_its_size_is_known_before_there_are_values(name):
+    with torch.device("meta"):
+        hollow = make_llama()
+    planned = METHODS[name].load().size(hollow, budget())
+    assert planned == prepared(name).num_trainable
+
+
+@pytest.mark.parametrize("name", BOUNDED)
 def test_a_budget_beyond_its_reach_is_refused(name):
     with pytest.raises(ValueError, match=r"1000000.*the most it can have is \d+") as caught:
         prepared(name, size="1000000")
@@ -117,18 +128,40 @@ def test_full_refuses_4_bits(four_bits):
         prepared("full", four_bits())
 
 
+@pytest.fixture
+def run_cell(world_folder, tmp_path):
+    def run(name, entry):
+        recipe = Recipe(num_steps=6, batch_size=4)
+        suite = small_suite(tunings={name: Tuning(lr=1e-3)}, recipe=recipe)
+        way = Execution(save_seconds=None)
+        of = Cell(suite, name, entry, suite.tunings[name], 0)
+        return cell_module.run(of, world_folder, tmp_path, way, Rank(), lambda report: None)
+
+    return run
+
+
 @pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "lora"])
-def test_it_goes_through_a_cell(name, world_folder, tmp_path):
-    """The Trainer, a table's sizes and lm-eval, which some tuners of peft may not survive."""
-    suite = small_suite(
-        tunings=dict.fromkeys(METHODS, Tuning(lr=1e-3)), recipe=Recipe(num_steps=6, batch_size=4)
-    )
-    way = Execution(save_seconds=None)
-    of = cell(name, suite=suite)
-    found = cell_module.run(of, world_folder, tmp_path, way, Rank(), lambda report: None)
+def test_it_goes_through_a_cell(name, run_cell):
+    """The Trainer, the weighing of what autograd saves, lm-eval: some tuners may not survive it."""
+    found = run_cell(name, METHODS[name])
     assert (found.status, found.reason) == ("ok", "")
-    assert len(found.training.losses) == suite.recipe.num_steps
+    assert len(found.training.losses) == 6
     assert found.size.artifact_bytes > found.size.num_trainable
+
+
+def test_a_method_that_moves_its_budget_goes_through_a_cell(run_cell, tmp_path, monkeypatch):
+    moved, move = [], AdaLoraModel.update_and_allocate
+
+    def watched(tuner, step):
+        moved.append(step)
+        move(tuner, step)
+
+    monkeypatch.setattr(AdaLoraModel, "update_and_allocate", watched)
+    path = tmp_path / "adapter_config.json"
+    path.write_text('{"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2}')
+    found = run_cell("adalora", entry_of(f"peft:{path}"))
+    assert (found.status, found.reason) == ("ok", "")
+    assert moved == [0, 1, 2, 3, 4, 5]
 
 
 def test_seeds_choose_other_places_for_random_sparse_deltas():

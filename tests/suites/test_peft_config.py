@@ -53,6 +53,13 @@ def test_knobs_that_are_no_rank_are_solved_too(write):
     assert contestant.num_trainable == pytest.approx(asked, rel=0.01)
 
 
+def test_a_method_with_a_schedule_of_its_own_is_told_the_steps(write):
+    config = {"peft_type": "ADALORA", "init_r": 4, "total_step": None, "tinit": 2, "tfinal": 3}
+    contestant = prepared(entry_of(write(config)))
+    assert contestant.model.peft_config["default"].total_step == 10
+    assert len(contestant.callbacks) == 1
+
+
 def test_what_peft_saved_can_be_read(write, tmp_path):
     prepared(METHODS["dora"], "r3").artifact(tmp_path / "kept")
     saved = json.loads((tmp_path / "kept" / "adapter_config.json").read_text())
