@@ -41,7 +41,7 @@ def quickstart() -> Suite:
             "full": _learning_rates(1e-4, 2e-4, 3e-4, 6e-4, 1e-3),
             "lora": _learning_rates(5e-4, 1e-3, 2e-3, 3e-3, 5e-3),
             "spiel": _learning_rates(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
-            "spiel-ma": _learning_rates(2e-3, 5e-3, 1e-2, 2e-2, 5e-2),
+            "spiel-ma": _learning_rates(1e-2, 2e-2, 5e-2, 1e-1, 2e-1),
             "rslora": _learning_rates(2e-4, 5e-4, 1e-3, 2e-3, 3e-3),
             "dora": _learning_rates(5e-4, 1e-3, 2e-3, 3e-3, 5e-3),
             "pissa": _learning_rates(2e-4, 5e-4, 1e-3, 2e-3, 4e-3),
