@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import threading
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -72,8 +73,9 @@ def missing_from_hub(suite: Suite) -> list[str]:
     threads = [threading.Thread(target=ask, args=(item,), daemon=True) for item in wanted]
     for thread in threads:
         thread.start()
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     for thread in threads:
-        thread.join(TIMEOUT_SECONDS + 0.5)
+        thread.join(max(0.0, deadline - time.monotonic()))
     lines = []
     for item in wanted:
         silence = None if is_cached(item.kind, item.id) else "the hub does not answer"
@@ -108,13 +110,11 @@ def _tasks(suite: Suite) -> list[Wanted]:
         return []
     from suites.questions import hub_data
 
-    wanted = {}
-    for task in suite.tasks:
-        if task.runs_code and not suite.allow_code_execution:
-            continue
-        for path in hub_data(task.name, folder):
-            item = Wanted("dataset", path, f"data of task {task.name}", TASK_INSTEAD)
-            wanted.setdefault(path, item)
+    names = [task.name for split in ("test", "dev") for task in suite.tasks_of(split)]
+    wanted: dict[str, Wanted] = {}
+    for name in dict.fromkeys(names):
+        for path in hub_data(name, folder):
+            wanted.setdefault(path, Wanted("dataset", path, f"data of task {name}", TASK_INSTEAD))
     return list(wanted.values())
 
 
@@ -153,7 +153,11 @@ def is_cached(kind: str, path: str) -> bool:
     if kind == "model":
         return any(file.suffix in WEIGHTS for file in files)
     prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
-    return bool(files) or any((prepared / path.replace("/", "___").lower()).glob("*/*"))
+    from datasets.naming import camelcase_to_snakecase
+
+    owner, _, name = path.rpartition("/")
+    folder = f"{owner}___{camelcase_to_snakecase(name)}" if owner else camelcase_to_snakecase(name)
+    return bool(files) or any((prepared / folder).glob("*/*"))
 
 
 def whereabouts(path: str) -> dict[str, bool]:

@@ -56,6 +56,7 @@ def _add_overrides(group: Any) -> None:
     add("--model", type=_text, metavar="PATH", help="model folder or hub id")
     add("--data", type=_text, metavar="PATH", help="JSONL or parquet file, or hub id")
     add("--tasks", type=_text, metavar="A,B", help="tasks of the suite; others as name:metric:role")
+    add("--task-folder", type=_text, metavar="DIR", help="lm-eval YAML and copies of hub data sets")
     add("--steps", type=_count, metavar="N", help="train steps")
     add("--limit", type=_count, metavar="N", help="at most N items of each task")
     add("--seq-len", type=_count, metavar="N", help="tokens at which examples are cut")

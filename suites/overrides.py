@@ -44,7 +44,8 @@ def parse_tasks(text: str, suite: Suite) -> tuple[Task, ...]:
 def _task(text: str, suite: Suite) -> Task:
     name, _, rest = text.partition(":")
     if not rest:
-        own = {task.name: task for task in suite.tasks}
+        # Of two tasks of one name the one on the test split is meant; `dev` sorts before it.
+        own = {task.name: task for task in sorted(suite.tasks, key=lambda task: task.split)}
         if name not in own:
             raise ValueError(
                 f"--tasks: {name!r} is no task of {suite.name}, which has "
@@ -98,6 +99,12 @@ def _data(suite: Suite, path: str) -> Suite:
     return _part("data", "path")(suite, place(path))
 
 
+def _task_folder(suite: Suite, path: str) -> Suite:
+    if not Path(path).is_dir():
+        raise ValueError(f"--task-folder: {path} is no folder")
+    return dataclasses.replace(suite, task_folder=place(path))
+
+
 def _tasks(suite: Suite, text: str) -> Suite:
     return dataclasses.replace(suite, tasks=parse_tasks(text, suite))
 
@@ -110,6 +117,7 @@ def _budget(suite: Suite, text: str) -> Suite:
 OVERRIDES: dict[str, tuple[Callable[[Suite, Any], Suite], Callable[[Any], str]]] = {
     "model": (_model, _place_label("model")),
     "data": (_data, _place_label("data")),
+    "task_folder": (_task_folder, _place_label("asked")),
     "tasks": (_tasks, lambda text: f"tasks-{safe_name(text)}"),
     "steps": (_part("recipe", "num_steps"), lambda steps: f"steps{steps}"),
     "limit": (_whole("limit"), lambda limit: f"limit{limit}"),

@@ -15,6 +15,7 @@ from suites.catalog import SUITES
 from suites.distributed import Rank
 from suites.embedded import build
 from suites.methods import METHODS
+from suites.overrides import override
 from suites.plan import Cell, Execution
 from suites.record import Record
 from suites.suite import Suite, Tuning
@@ -73,17 +74,19 @@ def _offline(monkeypatch, tmp_path_factory):
 
 
 def local(suite: Suite, hub: Path, data: str, task_folder: Path | None = None) -> Suite:
-    """What --model, --data, --task-folder, --steps, --limit and so on make of `suite`."""
-    recipe = dataclasses.replace(suite.recipe, num_steps=NUM_STEPS, gradient_accumulation_steps=2)
-    return dataclasses.replace(
+    """What the command's flags make of `suite`, and fewer micro-batches a step."""
+    changed = override(
         suite,
-        model=dataclasses.replace(suite.model, path=str(hub / "model")),
-        data=dataclasses.replace(suite.data, path=str(hub / data), max_length=128),
-        recipe=recipe,
-        budget=dataclasses.replace(suite.budget, lora_rank=2),
+        model=str(hub / "model"),
+        data=str(hub / data),
         task_folder=str(task_folder or hub / "tasks"),
+        steps=NUM_STEPS,
         limit=1,
+        seq_len=128,
+        budget="r2",
     )
+    recipe = dataclasses.replace(changed.recipe, gradient_accumulation_steps=2)
+    return dataclasses.replace(changed, recipe=recipe)
 
 
 def run(suite: Suite, method: str = "lora", split: str = "test", world: Path | None = None):
@@ -224,6 +227,17 @@ def test_every_suite_is_complete(suite):
     for method, grid in suite.grids.items():
         assert method not in suite.tunings or suite.tunings[method] in grid
     assert len({len(grid) for grid in suite.grids.values()}) <= 1
+
+
+def test_a_task_of_both_splits_is_chosen_on_test():
+    tasks = override(SUITES["mmlu_flan"], tasks="mmlu").tasks
+    assert [(task.name, task.split) for task in tasks] == [
+        ("mmlu", "test"),
+        ("mmlu", "dev"),
+        ("general_text_dev", "dev"),
+    ]
+    with pytest.raises(ValueError, match="--task-folder: nowhere is no folder"):
+        override(SUITES["mmlu_flan"], task_folder="nowhere")
 
 
 def test_variants_differ_in_the_model_alone():

@@ -1,0 +1,62 @@
+"""A suite in a file of the user's: the documented example runs, and mistakes are named."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from suites.methods import METHODS
+from suites.plan import Cell, Execution
+from suites.user_suite import is_file, load_suite
+from tests.suites import hub_files
+
+GUIDE = Path(__file__).parents[2] / "CONTRIBUTING.md"
+
+
+def example() -> str:
+    """The suite file that the guide shows."""
+    (found,) = re.findall(r"```python\n(.*?SUITE = .*?)```", GUIDE.read_text(), re.DOTALL)
+    return found
+
+
+def test_the_documented_example_runs(tmp_path, monkeypatch):
+    from suites import cell
+    from suites.distributed import Rank
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert len(example().strip().split("\n")) <= 14
+    Path("my_suite.py").write_text(example())
+    hub_files.write_model(Path("my_model"))
+    hub_files.write_jsonl(Path("my_data.jsonl"), hub_files.conversations())
+    Path("my_tasks").mkdir()
+    hub_files.write_repository(Path("my_tasks"), "openai/gsm8k", hub_files.gsm8k())
+    suite = load_suite("my_suite.py")
+    planned = Cell(suite, "lora", METHODS["lora"], suite.tunings["lora"], 0)
+    way = Execution(save_seconds=None)
+    done = cell.run(planned, None, tmp_path, way, Rank(), lambda report: None)
+    assert done.status == "ok", done.reason
+    assert set(done.scores) == {task.name for task in suite.tasks}
+
+
+def test_only_python_files_are_suites():
+    assert is_file("path/to/my_suite.py")
+    assert not is_file("quickstart")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"suite file .*mine\.py is not there"),
+        ("SUITE = 1 +", "fails: SyntaxError"),
+        ("import no_such_module", "fails: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("", "SUITE must be a suites.suite.Suite, it is nothing"),
+        ("SUITE = 'quickstart'", "SUITE must be a suites.suite.Suite, it is str"),
+    ],
+)
+def test_a_file_without_a_suite_is_refused(tmp_path, text, message):
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_suite(path)
