@@ -80,7 +80,7 @@ class SpielLinear(nn.Module, BaseTunerLayer):
         numel = self.shape[0] * self.shape[1]
         deltas = torch.zeros(k, dtype=dtype, device=device)
         self.spiel_deltas[adapter] = nn.Parameter(deltas)
-        self.spiel_indices[adapter] = random_support(k, numel).to(device)
+        self.spiel_indices[adapter] = random_support(k, numel, device)
         _LAYERS[self.spiel_deltas[adapter]] = weakref.ref(self)
         self.set_adapter(self.active_adapters)
 

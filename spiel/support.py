@@ -57,22 +57,24 @@ def check_loaded(
         raise ValueError(f"{where}: the delta values contain NaN or infinity")
 
 
-def random_support(k: int, numel: int) -> torch.Tensor:
-    """`k` of `numel` indices, uniformly at random without replacement, sorted, on the CPU.
+def random_support(k: int, numel: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """`k` of `numel` indices, uniformly at random without replacement, sorted, on `device`.
 
     Drawn from torch's global CPU generator, so that a seed gives the same support on any device.
     Memory grows with `k`, not with `numel`, unless more than half of the entries are wanted.
     """
     dtype = index_dtype(numel)
+    if torch.device(device).type == "meta":  # shapes only: nothing to choose
+        return torch.empty(k, dtype=dtype, device=device)
     if 2 * k > numel:
-        return torch.randperm(numel, device="cpu", dtype=dtype)[:k].sort().values
+        return torch.randperm(numel, device="cpu", dtype=dtype)[:k].sort().values.to(device)
     chosen = torch.empty(0, dtype=dtype, device="cpu")
     while len(chosen) < k:
         more = torch.randint(numel, (k - len(chosen) + 16,), dtype=dtype, device="cpu")
         chosen = torch.cat([chosen, more]).unique()
     # `unique` sorts, so the surplus is thinned at random, not cut off at the end.
     keep = torch.randperm(len(chosen), device="cpu")[:k].sort().values
-    return chosen[keep]
+    return chosen[keep].to(device)
 
 
 def row_pointers(indices: torch.Tensor, rows: int, cols: int) -> torch.Tensor:

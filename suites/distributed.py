@@ -77,6 +77,13 @@ def check_device(wanted: str | None, num_ranks: int) -> None:
         raise ValueError(f"--processes: {num_ranks} need a GPU each, torch sees {num_gpus}")
 
 
+def has_gpu(wanted: str | None) -> bool:
+    """Whether cells that want the device `wanted` (None: what there is) train on a GPU."""
+    import torch
+
+    return wanted != "cpu" and torch.cuda.is_available()
+
+
 def share(batch_size: int, accumulation: int, num_ranks: int) -> tuple[int, int]:
     """Batch size and accumulation steps of each rank, so that the global batch stays the same.
 

@@ -66,22 +66,28 @@ def random_model(source: ModelSource, device: str) -> PreTrainedModel:
 
     No weight is ever held in another dtype or place, but for one at a time that is quantised.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    config = _config(source)
     options = _weights(source)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=options["dtype"])
-    model.tie_weights()
+    model = empty_model(config_of(source), options["dtype"])
     if source.quantize:
         model = _empty_4bit(model, options["quantization_config"])
-    _fill(model, config.initializer_range, device)
+    _fill(model, model.config.initializer_range, device)
     _keep_exact(model)
     return model
 
 
-def _config(source: ModelSource) -> PretrainedConfig:
+def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with its weights on the meta device: shapes without values, in no time."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    return model
+
+
+def config_of(source: ModelSource) -> PretrainedConfig:
+    """The shape of the model of `source`; no weight is read."""
     from transformers import AutoConfig, LlamaConfig
 
     if source.path in SHAPES:

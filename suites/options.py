@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from suites.catalog import SUITES
 from suites.methods import METHODS
-from suites.plan import Execution, choose, nearest
+from suites.plan import Execution, entry_named, nearest
 from suites.sources import DTYPES, QUANTIZATIONS
 from suites.suite import Suite
 
@@ -127,11 +127,11 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 def parse_methods(text: str | None, suite: Suite, searching: bool = False) -> tuple[str, ...]:
     """`a,b` -> ("a", "b"), each once; None is every method that the suite can train."""
     if text is None:
-        known = suite.grids if searching else suite.tunings
+        known = suite.grids if searching else suite.tunings or suite.grids
         return tuple(name for name, entry in METHODS.items() if not entry.trains or name in known)
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        choose("method", name, METHODS)
+        entry_named(name)
     return tuple(dict.fromkeys(names))
 
 

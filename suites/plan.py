@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from suites.inputs import fingerprint
-from suites.methods import METHODS, Entry
+from suites.methods import METHODS, PEFT, Entry, entry_of
 from suites.suite import WORLD, Suite, Tuning
 from suites.values import short_hash
 
@@ -105,12 +105,24 @@ def plan(
     cells = []
     for seed in seeds:
         for method in methods:
-            entry = choose("method", method, METHODS)
-            if entry.trains and method not in tunings:
+            entry = entry_named(method)
+            key = stand_in(method, tunings)
+            if entry.trains and key not in tunings:
                 raise ValueError(_lacks(suite, "learning rate", method, tunings))
-            tuning = tunings[method] if entry.trains else None
-            cells.append(Cell(suite, method, entry, tuning, seed))
+            cells.append(Cell(suite, method, entry, tunings[key] if entry.trains else None, seed))
     return cells
+
+
+def entry_named(method: str) -> Entry:
+    """The entry of METHODS, or of a file of peft's; ValueError names the nearest methods."""
+    if method.startswith(PEFT):
+        return entry_of(method)
+    return choose("method", method, METHODS)
+
+
+def stand_in(method: str, table: Mapping[str, Any]) -> str:
+    """The method whose learning rates `method` takes: LoRA's for one of peft's that has none."""
+    return "lora" if method.startswith(PEFT) and method not in table else method
 
 
 def plan_search(suite: Suite, methods: Sequence[str], seeds: Iterable[int]) -> list[Cell]:
@@ -120,26 +132,28 @@ def plan_search(suite: Suite, methods: Sequence[str], seeds: Iterable[int]) -> l
     """
     if not any(task.role == "target" for task in suite.tasks_of("dev")):
         raise ValueError(f"{suite.name} has no target task on the dev split to search with")
-    trained = [name for name in methods if choose("method", name, METHODS).trains]
+    trained = [name for name in methods if entry_named(name).trains]
     if not trained:
         raise ValueError(f"nothing to search: {', '.join(methods)} does not train")
-    for name in trained:
-        if not suite.grids.get(name):
+    grids = {name: suite.grids.get(stand_in(name, suite.grids)) for name in trained}
+    for name, grid in grids.items():
+        if not grid:
             raise ValueError(_lacks(suite, "grid", name, suite.grids))
-    sizes = {name: len(suite.grids[name]) for name in trained}
+    sizes = {name: len(grid) for name, grid in grids.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the grids differ in their number of trials: {sizes}")
     return [
-        Cell(suite, name, METHODS[name], tuning, seed, "dev")
+        Cell(suite, name, entry_named(name), tuning, seed, "dev")
         for seed in seeds
         for name in trained
-        for tuning in suite.grids[name]
+        for tuning in grids[name]
     ]
 
 
 def _lacks(suite: Suite, what: str, method: str, table: Mapping[str, Any]) -> str:
     there = ", ".join(table) or "none"
-    return f"{suite.name} has no {what} for {method!r}, only for {there}"
+    hint = "; --search finds one" if table is suite.tunings and method in suite.grids else ""
+    return f"{suite.name} has no {what} for {method!r}, only for {there}{hint}"
 
 
 def choose(kind: str, name: str, table: Mapping[str, Any]) -> Any:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from suites.catalog import SUITES
-from suites.methods import METHODS
 from suites.options import BAD_INPUT, execution, listing, make_parser, parse_methods, parse_seeds
 from suites.overrides import OVERRIDES, override
-from suites.plan import Cell, Execution, choose, plan, plan_search
+from suites.plan import Cell, Execution, choose, entry_named, plan, plan_search
 from suites.suite import Suite
+from suites.user_suite import is_file, load_suite
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         suite, methods, seeds = selected(arguments)
         searching = arguments.search or arguments.search_only
         cells = (plan_search if searching else plan)(suite, methods, seeds)
+        if arguments.plan:
+            return preview(cells, arguments.out, execution(arguments))
     except ValueError as error:
         parser.error(str(error))
     signal.signal(signal.SIGTERM, _interrupt)
@@ -50,10 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+def preview(cells: Sequence[Cell], out: Path, way: Execution) -> int:
+    """Prints what would run; starts nothing."""
+    from suites import preview as room
+
+    return room.present(cells, out, way)
+
+
 def selected(arguments: argparse.Namespace) -> tuple[Suite, tuple[str, ...], tuple[int, ...]]:
     """Suite, methods and seeds; ValueError for what there is not."""
     changes = {flag: getattr(arguments, flag) for flag in OVERRIDES}
-    suite = override(choose("suite", arguments.suite, SUITES), **changes)
+    name = arguments.suite
+    found = load_suite(name) if is_file(name) else choose("suite", name, SUITES)
+    suite = override(found, **changes)
     searching = arguments.search or arguments.search_only
     methods = parse_methods(arguments.methods, suite, searching)
     seeds = suite.seeds if arguments.seeds is None else parse_seeds(arguments.seeds)
@@ -101,7 +112,7 @@ def start_at_picks(
 
     picks = search.picks(trials, out)
     seeds = dict.fromkeys(cell.seed for cell in trials)
-    able = [name for name in methods if name in picks or not METHODS[name].trains]
+    able = [name for name in methods if name in picks or not entry_named(name).trains]
     return start(plan(trials[0].suite, able, seeds, picks), out, way)
 
 

@@ -11,7 +11,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-from suites import distributed, embedded, messages, record, workers
+from suites import children, distributed, embedded, messages, record, workers
 from suites.plan import Cell, Execution
 from suites.progress import Progress, Report
 from suites.record import DamagedRecordError, Record
@@ -66,10 +66,14 @@ def run(cells: Sequence[Cell], out: Path, way: Execution, view: Progress) -> Non
     Raises UnwrittenError when a record cannot be written, NotReadyError when the suite's world
     cannot, and KeyboardInterrupt when stopped, after its child has been.
     """
-    _check_machine(cells[0].suite, way)
+    suite = cells[0].suite
+    _check_machine(suite, way)
+    _check_hub(suite)
+    if suite.cpu_note and not distributed.has_gpu(suite.device):
+        view.say(f"{suite.name} without a GPU: {suite.cpu_note}")
     view.say("loading the libraries")
-    chosen = workers.context(out / "logs" / "libraries.log")
-    made_up = cells[0].suite.world
+    chosen = children.context(out / "logs" / "libraries.log")
+    made_up = suite.world
     world = None if made_up is None else _build_world(made_up, out, chosen, view)
     for cell in cells:
         view.start_cell(cell)
@@ -88,6 +92,18 @@ def _check_machine(suite: Suite, way: Execution) -> None:
         raise NotReadyError(str(error)) from error
 
 
+def _check_hub(suite: Suite) -> None:
+    """Raises NotReadyError for what the suite needs from the hub and cannot have."""
+    from suites.hub import missing_from_hub
+
+    try:
+        missing = missing_from_hub(suite)
+    except ValueError as error:
+        raise NotReadyError(str(error)) from error
+    if missing:
+        raise NotReadyError("\n".join(["what has to come from the hub cannot:", *missing]))
+
+
 def _build_world(world: embedded.World, out: Path, chosen: BaseContext, view: Progress) -> Path:
     built: list[workers.Built] = []
 
@@ -100,7 +116,7 @@ def _build_world(world: embedded.World, out: Path, chosen: BaseContext, view: Pr
     log = out / "logs" / "world.log"
     arguments = (world, embedded.default_cache_dir(), log)
     killed_before = _num_killed_for_memory()
-    code = workers.run_child(chosen, workers.build_world, [arguments], hear)
+    code = children.run_child(chosen, workers.build_world, [arguments], hear)
     if not built:
         reason = _death(code, killed_before)[1]
         raise NotReadyError(f"the embedded world was not made: {reason}; see {log}")
@@ -129,7 +145,7 @@ def _run_one(
     started_at, killed_before = record.now(), _num_killed_for_memory()
     arguments = [(cell, world, out, way, rank) for rank in distributed.ranks(way.num_processes)]
     try:
-        code = workers.run_child(chosen, workers.run_cell, arguments, hear)
+        code = children.run_child(chosen, workers.run_cell, arguments, hear)
     except KeyboardInterrupt:
         if not last_words:
             _note_interruption(cell, out, started_at)

@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
 from suites import catalog, methods, record
 from suites.plan import Cell
 from suites.provenance import Environment
@@ -79,6 +81,12 @@ def cell(method: str = "lora", seed: int = 0, suite: Suite | None = None, **chan
     suite = suite or small_suite()
     entry = {**methods.METHODS, **BROKEN}[method]
     return Cell(suite, method, entry, suite.tunings.get(method), seed, **changes)
+
+
+def still_running(family: list[psutil.Process], seconds: float = 10) -> list[psutil.Process]:
+    """Those of `family` that have not ended after so long; a container may leave zombies."""
+    _, alive = psutil.wait_procs(family, timeout=seconds)
+    return [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
 
 
 ENVIRONMENT = Environment(

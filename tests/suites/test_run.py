@@ -10,13 +10,14 @@ import time
 import psutil
 import pytest
 
-from suites import messages, record, run, runner, workers
+from suites import children, messages, record, run, runner, workers
 from suites.distributed import Rank
 from suites.embedded import default_cache_dir
+from suites.methods import METHODS
 from suites.overrides import override
 from suites.plan import Execution, plan
 from suites.progress import LineProgress, Report, clock
-from tests.suites.arena import BROKEN, cell, finished, small_suite
+from tests.suites.arena import BROKEN, cell, finished, small_suite, still_running
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def arena(monkeypatch, world_cache):
     """The small suite and the broken methods in the command's tables, the world in the cache."""
     monkeypatch.setitem(run.SUITES, "small", small_suite())
     for name, entry in BROKEN.items():
-        monkeypatch.setitem(run.METHODS, name, entry)
+        monkeypatch.setitem(METHODS, name, entry)
     monkeypatch.setenv("SPIEL_CACHE", str(world_cache))
     assert default_cache_dir() == world_cache
 
@@ -49,6 +50,21 @@ BAD_INPUT = [
     (["quickstart", "--limit", "2.5"], "--limit: '2.5' is not a whole number"),
     (["quickstart", "--limmit", "2"], "unknown argument '--limmit'; choose from --limit, "),
     (["quickstart", "--seed", "2"], "unknown argument '--seed'; choose from --seeds, "),
+    (["quickstart", "--dtype", "int3"], "--dtype: invalid choice: 'int3' (choose from 'float32'"),
+    (
+        ["quickstart", "--quantize", "2bit"],
+        "invalid choice: '2bit' (choose from '4bit'",
+    ),
+    (["quickstart", "--budget", "many"], "budget 'many' is unknown; allowed: r64 (as many weights"),
+    (["quickstart", "--budget", "r0"], "lora_rank must be positive, got 0"),
+    (["quickstart", "--seq-len", "-1"], "--seq-len: '-1' is not a whole number of at least 1"),
+    (["quickstart", "--device", "tpu"], "--device: 'tpu' is not one of cpu, cuda, cuda:N"),
+    (["quickstart", "--processes", "0"], "--processes: '0' is not a whole number of at least 1"),
+    (["quickstart", "--save-minutes", "-1"], "--save-minutes: '-1' is not a number of minutes"),
+    (["quickstart", "--model", ""], "--model: '' is no value"),
+    (["quickstart", "--tasks", "gsm8k"], "--tasks: 'gsm8k' is no task of quickstart, which has "),
+    (["quickstart", "--tasks", "a:acc:goal"], "--tasks: role 'goal' in 'a:acc:goal' is not one of"),
+    (["quickstart", "--methods", "peft:no.json"], "no.json"),
     (["quickstart", "--search", "--methods", "base"], "nothing to search: base does not train"),
 ]
 
@@ -163,7 +179,7 @@ def test_full_disk_while_writing_stops_the_run(tmp_path, monkeypatch):
         hear(messages.Unwritten("[Errno 28] No space left on device"))
         return 0
 
-    monkeypatch.setattr(workers, "run_child", child)
+    monkeypatch.setattr(children, "run_child", child)
     with pytest.raises(runner.UnwrittenError, match=r"base-r2-s0\.json cannot be .* No space"):
         runner._run_one(cell("base"), None, tmp_path, Execution(), None, view)
 
@@ -198,8 +214,7 @@ def test_ctrl_c_stops_the_child_and_leaves_the_rest_to_a_second_start(tmp_path, 
     long.send_signal(signal.SIGINT)
     assert long.wait(timeout=15) == 130
     assert "the same command continues" in long.stderr.read()
-    _, alive = psutil.wait_procs(family, timeout=5)
-    assert alive == []
+    assert still_running(family) == []
     folder = tmp_path / "records" / "small-steps100000" / "world"
     statuses = {path.stem: record.read(path).status for path in folder.iterdir()}
     assert statuses == {"base-r2-s0": "ok", "lora-r2-s0": "interrupted"}

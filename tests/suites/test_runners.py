@@ -11,7 +11,7 @@ import pytest
 from suites import record, table
 from suites.overrides import override
 from suites.plan import plan
-from tests.suites.arena import finished, small_suite
+from tests.suites.arena import finished, small_suite, still_running
 
 STEPS = 100_000
 
@@ -59,9 +59,7 @@ def test_a_second_runner_leaves_cells_in_work_alone(start, tmp_path):
 
     family = psutil.Process(first.pid).children(recursive=True)
     first.send_signal(signal.SIGKILL)
-    _, alive = psutil.wait_procs(family, timeout=10)
-    alive = [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
-    assert alive == []  # nobody trains on without a runner, holding the lock
+    assert still_running(family) == []  # nobody trains on without a runner, holding the lock
     folder = tmp_path / "records" / f"small-steps{STEPS}" / "world"
     assert [path.name for path in folder.iterdir()] == ["base-r2-s0.json"]
     assert record.read(folder / "base-r2-s0.json").status == "ok"

@@ -1,0 +1,190 @@
+"""What a cell will need, before it runs: weights it trains, memory by shapes, time by records.
+
+Memory, in bytes, of one process:
+
+- weights: every parameter and buffer in its dtype; 4-bit linears 4.127 bits a weight (QLoRA,
+  arXiv 2305.14314, section 3).
+- gradients: the trained weights in their dtype; optimizer: twice that, the moments of Adam.
+- activations, for T tokens of one micro-batch in a model of width h, MLP width m, key and value
+  width k and b bytes an element: a layer keeps T (b (6 h + 2 k + 4 m) + 8 h): inputs and outputs
+  of attention and MLP, and what the norms keep in fp32; the loss keeps T V (b + 8) over V words.
+  With gradient checkpointing: one layer in full, and T h b for each.
+
+What is left out: workspaces, fragmentation, attention that keeps its scores.
+"""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from suites import models, record
+from suites.distributed import share
+from suites.plan import Cell, Execution
+from suites.provenance import Environment
+from suites.record import DamagedRecordError, Record
+from suites.suite import WORLD, Suite
+
+#: Bytes of a weight in NF4 with double quantisation.
+NF4_BYTES = 4.127 / 8
+
+#: Methods that need values are solved only below this budget: above it takes more than seconds.
+MOST_VALUES = 10**7
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one method's cells."""
+
+    num_asked: int
+    #: None where the method cannot be solved without the model's values.
+    num_trainable: int | None
+    weights_bytes: float
+    gradient_bytes: float
+    optimizer_bytes: float
+    activation_bytes: float
+
+    @property
+    def total_bytes(self) -> float:
+        parts = (self.weights_bytes, self.gradient_bytes, self.optimizer_bytes)
+        return sum(parts) + self.activation_bytes
+
+
+def estimate(cell: Cell, way: Execution) -> Estimate:
+    """Makes the cell's method ready on a model without values; raises ValueError as that does."""
+    suite = cell.suite
+    model = meta_model(suite)
+    config, asked = model.config, suite.budget.num_weights(model)
+    base_bytes, whole_bytes = _held_bytes(model, suite.model.quantize), _held_bytes(model, None)
+    contestant = _prepared(cell, suite, asked)
+    if contestant is None:
+        trained_bytes, added_bytes, num_trainable = 4 * asked, 4 * asked, None
+    else:
+        trained = [p for p in contestant.model.parameters() if p.requires_grad]
+        trained_bytes = sum(p.numel() * p.element_size() for p in trained)
+        added_bytes = _held_bytes(contestant.model, None) - whole_bytes
+        num_trainable = contestant.num_trainable
+    return Estimate(
+        asked,
+        num_trainable,
+        weights_bytes=base_bytes + added_bytes,
+        gradient_bytes=trained_bytes,
+        optimizer_bytes=2 * trained_bytes,
+        activation_bytes=activation_bytes(config, suite, way.num_processes)
+        if cell.entry.trains
+        else 0,
+    )
+
+
+def meta_model(suite: Suite) -> Any:
+    """The suite's model on the meta device, in its dtype; of an embedded world, unbuilt or not."""
+    dtype = getattr(torch, suite.model.dtype)
+    if suite.world is None or not suite.model.path.startswith(WORLD):
+        return models.empty_model(models.config_of(suite.model), dtype)
+    from suites import embedded_base, embedded_facts
+
+    tokenizer = embedded_base.make_tokenizer(embedded_facts.vocabulary(suite.world))
+    return models.empty_model(embedded_base._config(suite.world, tokenizer), dtype)
+
+
+def _prepared(cell: Cell, suite: Suite, asked: int) -> Any:
+    """The contestant; None where the method needs values and they are too many to be made up."""
+    method = cell.entry.load()  # outside the meta device, where modules cannot be imported
+    for device in ("meta", "cpu"):
+        model = meta_model(suite)
+        if device == "cpu" and asked > MOST_VALUES:
+            break
+        if device == "cpu" and model.num_parameters() <= MOST_VALUES:
+            model = _zeroed(model)
+        try:
+            with torch.device(device), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of values that are not there
+                return method.prepare(model, suite.budget, suite.recipe.num_steps)
+        except (NotImplementedError, RuntimeError):
+            continue  # it asks for a value that there is not
+    return None
+
+
+def _zeroed(model: Any) -> Any:
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    return model
+
+
+def _held_bytes(model: torch.nn.Module, quantize: str | None) -> float:
+    """Of all parameters and buffers, each once; with `quantize` its linears in 4 bits."""
+    packed = {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if quantize and isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(
+        tensor.numel() * (NF4_BYTES if name in packed else tensor.element_size())
+        for name, tensor in tensors.items()
+    )
+
+
+def activation_bytes(config: Any, suite: Suite, num_ranks: int = 1) -> float:
+    """What the backward pass of one micro-batch at full length needs, by the formula above."""
+    recipe = suite.recipe
+    batch_size, _ = share(recipe.batch_size, recipe.gradient_accumulation_steps, num_ranks)
+    num_tokens = batch_size * suite.data.max_length
+    element = getattr(torch, suite.model.dtype).itemsize
+    width = config.hidden_size
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_width = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    mlp_width = getattr(config, "intermediate_size", None) or 4 * width
+    elements = 6 * width + 2 * heads * head_width + 4 * mlp_width
+    layer = num_tokens * (element * elements + 8 * width)
+    loss = num_tokens * config.vocab_size * (element + 8)
+    if recipe.gradient_checkpointing:
+        return layer + config.num_hidden_layers * num_tokens * width * element + loss
+    return config.num_hidden_layers * layer + loss
+
+
+def seconds(cell: Cell, records: Iterable[Record]) -> float | None:
+    """How long the cell will take, as the mean over `records` that did the same a step."""
+    num_steps = cell.suite.recipe.num_steps
+    found = [
+        sum(cost.seconds for name, cost in each.phases.items() if name != "train")
+        + num_steps * _step_seconds(each)
+        for each in records
+        if each.method_name == cell.method and _is_alike(each, cell)
+    ]
+    return statistics.fmean(found) if found else None
+
+
+def _step_seconds(found: Record) -> float:
+    steps = found.training.step_seconds
+    return statistics.fmean(steps[1:] or steps) if steps else 0.0
+
+
+def _is_alike(found: Record, cell: Cell) -> bool:
+    """Whether a step and the evaluation of `found` are those of `cell`."""
+    theirs, ours = dict(found.suite), cell.suite.to_dict()
+    for values in (theirs, ours):
+        values["recipe"] = {k: v for k, v in values["recipe"].items() if k != "num_steps"}
+    alike = ("model", "data", "recipe", "budget", "tasks", "limit", "world", "eval_batch_size")
+    same = all(theirs.get(name) == ours[name] for name in alike)
+    return same and found.split == cell.split and bool(found.phases)
+
+
+def earlier_records(out: Path, here: Environment) -> list[Record]:
+    """The finished records in the results folder `out` that were made on hardware like `here`."""
+    found = []
+    for path in (out / "records").rglob("*.json"):
+        try:
+            each = record.read(path)
+        except DamagedRecordError:
+            continue
+        if each.status == "ok" and each.environment is not None:
+            found.append(each)
+    return [each for each in found if each.environment.hardware == here.hardware]

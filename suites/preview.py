@@ -1,0 +1,96 @@
+"""What `--plan` says: the cells, what of them is done, and what they will need."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from suites import runner
+from suites.distributed import check_device, share
+from suites.estimate import Estimate, earlier_records, estimate, seconds
+from suites.plan import Cell, Execution
+from suites.progress import clock
+from suites.provenance import Environment, environment
+from suites.table import MIB, UNMATCHED, drawn, make_console, say
+
+#: Column -> the field of an Estimate.
+PARTS = {
+    "model": "weights_bytes",
+    "grad": "gradient_bytes",
+    "optim": "optimizer_bytes",
+    "activ": "activation_bytes",
+}
+
+NOTE = (
+    f"{UNMATCHED} not matched to the budget; ~ asked, not to be solved without values. "
+    "MiB by shapes, of one process: weights, gradients, optimizer, activations at full length "
+    "(suites/estimate.py has the formulas). Time: by finished cells like these on this hardware."
+)
+
+
+def present(cells: Sequence[Cell], out: Path, way: Execution) -> int:
+    """Prints the plan; starts and writes nothing. Raises ValueError for what cannot be run."""
+    suite, recipe = cells[0].suite, cells[0].suite.recipe
+    share(recipe.batch_size, recipe.gradient_accumulation_steps, way.num_processes)
+    check_device(suite.device, way.num_processes)
+    done = runner.finished(cells, out)[0]
+    records = earlier_records(out, _here(suite.device, way.num_processes))
+    console = make_console()
+    for cell in cells:
+        say(console, f"{'done ' if cell in done else 'to do'} {cell.record_path(out)}")
+    rows, left_seconds = [], []
+    for name in dict.fromkeys(cell.method for cell in cells):
+        own = [cell for cell in cells if cell.method == name]
+        num_left = sum(cell not in done for cell in own)
+        each = seconds(own[0], records)
+        left_seconds.append(None if num_left and each is None else num_left * (each or 0.0))
+        rows.append(_row(own, num_left, _estimated(own[0], way), each))
+    console.print(drawn(f"{suite.name}: plan", pd.DataFrame(rows)))
+    say(console, NOTE)
+    whole = "unknown" if None in left_seconds else clock(sum(left_seconds))
+    say(console, f"{len(cells) - len(done)} of {len(cells)} cells to do, time: {whole}")
+    return 0
+
+
+def _estimated(cell: Cell, way: Execution) -> Estimate | str:
+    """The estimate, or why there is none: of one method, which is no reason to hide the others."""
+    try:
+        return estimate(cell, way)
+    except (ValueError, OSError, ImportError) as error:
+        return str(error).split("\n")[0]
+
+
+def _row(
+    own: Sequence[Cell], num_left: int, found: Estimate | str, each: float | None
+) -> dict[str, str]:
+    row = {
+        "method": own[0].method,
+        "done": f"{len(own) - num_left}/{len(own)}",
+        "time/cell": "unknown" if each is None else clock(each),
+    }
+    if isinstance(found, str):
+        return {**row, "weights": found, "of budget": "-", **dict.fromkeys((*PARTS, "MiB"), "-")}
+    parts = {name: f"{getattr(found, part) / MIB:,.1f}" for name, part in PARTS.items()}
+    return {**row, **_solved(own[0], found), **parts, "MiB": f"{found.total_bytes / MIB:,.1f}"}
+
+
+def _solved(cell: Cell, found: Estimate) -> dict[str, str]:
+    if found.num_trainable is None:
+        return {"weights": f"~{found.num_asked:,}", "of budget": "-"}
+    share_of_budget = found.num_trainable / found.num_asked
+    is_matched = cell.entry.matched and abs(share_of_budget - 1) <= 0.01
+    mark = "" if is_matched else UNMATCHED
+    return {"weights": f"{found.num_trainable:,}{mark}", "of budget": f"{share_of_budget:.1%}"}
+
+
+def _here(device: str | None, num_processes: int) -> Environment:
+    """This machine, as the records of cells run now would describe it."""
+    device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    here = environment(device, num_processes)
+    if device == "cpu" and num_processes > 1:
+        here = dataclasses.replace(here, num_threads=max(1, here.num_threads // num_processes))
+    return here

@@ -1,0 +1,91 @@
+"""What --plan says is what a run then finds, and it starts nothing."""
+
+import dataclasses
+
+import pytest
+
+from suites import catalog, record, run
+from suites.estimate import activation_bytes, estimate, meta_model, seconds
+from suites.methods import METHODS
+from suites.plan import Execution, plan
+from suites.shapes import SHAPES
+from suites.sources import ModelSource
+from suites.suite import Budget, Recipe
+from tests.suites.arena import cell, finished, small_suite
+
+
+@pytest.fixture
+def arena(monkeypatch):
+    monkeypatch.setitem(run.SUITES, "small", small_suite())
+
+
+def test_plan_names_cells_budgets_memory_and_time(arena, tmp_path, capsys):
+    done = plan(small_suite(), ["lora"], [0])[0]
+    record.write(finished(done), done.record_path(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ["small", "--methods", "base,full,lora,spiel", "--plan", "--out", str(tmp_path)]
+    assert run.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"done  {done.record_path(tmp_path)}" in printed
+    assert printed.count("to do ") == 7
+    assert "7 of 8 cells to do, time: unknown" in printed
+    lines = {line.split()[1]: line for line in printed.splitlines() if line.startswith("│")}
+    assert "100.0%" in lines["lora"] and "1/2" in lines["lora"]
+    assert "†" in lines["full"] and "†" in lines["base"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("method", ["lora", "spiel", "full", "randlora", "shira"])
+def test_weights_are_those_that_are_trained(method, world_folder):
+    from suites.models import load_model
+    from suites.suite import placed
+
+    of = cell(method, suite=small_suite(tunings=dict.fromkeys(METHODS)))
+    model = load_model(placed(of.suite, world_folder).model, "cpu")
+    contestant = of.entry.load().prepare(model, of.suite.budget, 3)
+    assert estimate(of, Execution()).num_trainable == contestant.num_trainable
+
+
+def test_seven_billion_weights_need_no_memory_to_plan():
+    suite = small_suite(
+        model=ModelSource("Llama-2-7b", shape_only=True),
+        world=None,
+        budget=Budget(64, catalog.LLAMA_PROJECTIONS),
+    )
+    found = estimate(cell("spiel", suite=suite), Execution())
+    assert found.num_trainable == pytest.approx(found.num_asked, rel=0.01)
+    assert found.weights_bytes == pytest.approx(6.74e9 * 2 + 159_907_840 * 8, rel=0.01)
+    assert found.optimizer_bytes == 2 * found.gradient_bytes == 8 * found.num_trainable
+    quantized = dataclasses.replace(suite, model=dataclasses.replace(suite.model, quantize="4bit"))
+    packed = estimate(cell("lora", suite=quantized), Execution())
+    # 6.48 G weights in 4 bits, embeddings and head in two bytes, LoRA in four.
+    expected = 6.476e9 * 4.127 / 8 + 0.262e9 * 2 + 159_907_840 * 4
+    assert packed.weights_bytes == pytest.approx(expected, rel=0.02)
+
+
+def test_activations_are_near_what_autograd_keeps():
+    import torch
+
+    from suites.measure import saved_for_backward_bytes
+    from suites.models import random_model
+
+    source = ModelSource("tiny", dtype="float32", shape_only=True)
+    suite = small_suite(model=source, world=None, recipe=Recipe(num_steps=3, batch_size=2))
+    ids = torch.ones(2, suite.data.max_length, dtype=torch.long)
+    kept = saved_for_backward_bytes(random_model(source, "cpu"), {"input_ids": ids, "labels": ids})
+    config = meta_model(suite).config
+    assert config.hidden_size == SHAPES["tiny"]["hidden_size"]
+    assert kept / 1.5 < activation_bytes(config, suite) < kept * 1.5
+    recipe = dataclasses.replace(suite.recipe, gradient_checkpointing=True)
+    less = activation_bytes(config, dataclasses.replace(suite, recipe=recipe))
+    assert less < activation_bytes(config, suite)
+
+
+def test_time_is_that_of_cells_alike():
+    phases = {name: record.PhaseCost(1.0, 0) for name in ("load", "prepare", "evaluate")}
+    other = finished(cell("full"), phases=phases)
+    lora = finished(cell(), phases=phases, seconds=0.5)
+    longer = small_suite(recipe=Recipe(num_steps=100, batch_size=4))
+    assert seconds(cell(suite=longer), [lora, other]) == pytest.approx(3 + 100 * 0.5)
+    wider = small_suite(recipe=Recipe(num_steps=100, batch_size=8))
+    assert seconds(cell(suite=wider), [lora]) is None
