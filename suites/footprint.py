@@ -19,6 +19,7 @@ VARIANTS = {
     "_1b": "Llama-3.2-1B",
 }
 
+
 def footprint_suites() -> tuple[Suite, ...]:
     """One suite a shape in bfloat16, sequences of 2048; `footprint_tiny` is small enough for CPU.
 
