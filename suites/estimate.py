@@ -62,7 +62,7 @@ def estimate(cell: Cell, way: Execution) -> Estimate:
     model = meta_model(suite)
     config, asked = model.config, suite.budget.num_weights(model)
     base_bytes, whole_bytes = _held_bytes(model, suite.model.quantize), _held_bytes(model, None)
-    contestant = _prepared(cell, suite, asked)
+    contestant = _prepared(cell, model, asked)
     if contestant is None:
         trained_bytes, added_bytes, num_trainable = 4 * asked, 4 * asked, None
     else:
@@ -93,15 +93,16 @@ def meta_model(suite: Suite) -> Any:
     return models.empty_model(embedded_base._config(suite.world, tokenizer), dtype)
 
 
-def _prepared(cell: Cell, suite: Suite, asked: int) -> Any:
+def _prepared(cell: Cell, model: Any, asked: int) -> Any:
     """The contestant; None where the method needs values and they are too many to be made up."""
-    method = cell.entry.load()  # outside the meta device, where modules cannot be imported
+    suite, method = cell.suite, cell.entry.load()  # not on the meta device, where imports fail
+    num_weights = model.num_parameters()
     for device in ("meta", "cpu"):
-        model = meta_model(suite)
         if device == "cpu" and asked > MOST_VALUES:
             break
-        if device == "cpu" and model.num_parameters() <= MOST_VALUES:
-            model = _zeroed(model)
+        if device == "cpu":
+            model = meta_model(suite)  # the first try left it half adapted
+            model = _zeroed(model) if num_weights <= MOST_VALUES else model
         try:
             with torch.device(device), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of values that are not there

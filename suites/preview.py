@@ -27,8 +27,8 @@ PARTS = {
 
 NOTE = (
     f"{UNMATCHED} not matched to the budget; ~ asked, not to be solved without values. "
-    "MiB by shapes, of one process: weights, gradients, optimizer, activations at full length "
-    "(suites/estimate.py has the formulas). Time: by finished cells like these on this hardware."
+    "Bytes by shapes, of one process: weights, gradients, optimizer, activations at full length "
+    "(suites/estimate.py has the formulas). Time of a cell: by finished ones on this hardware."
 )
 
 
@@ -42,15 +42,19 @@ def present(cells: Sequence[Cell], out: Path, way: Execution) -> int:
     console = make_console()
     for cell in cells:
         say(console, f"{'done ' if cell in done else 'to do'} {cell.record_path(out)}")
-    rows, left_seconds = [], []
+    rows, notes, left_seconds = [], [], []
     for name in dict.fromkeys(cell.method for cell in cells):
         own = [cell for cell in cells if cell.method == name]
         num_left = sum(cell not in done for cell in own)
         each = seconds(own[0], records)
         left_seconds.append(None if num_left and each is None else num_left * (each or 0.0))
-        rows.append(_row(own, num_left, _estimated(own[0], way), each))
+        found = _estimated(own[0], way)
+        if isinstance(found, str):
+            notes.append(f"{name}: {found}")
+        rows.append(_row(own, num_left, found, each))
     console.print(drawn(f"{suite.name}: plan", pd.DataFrame(rows)))
-    say(console, NOTE)
+    for note in dict.fromkeys([NOTE, *notes]):
+        say(console, note)
     whole = "unknown" if None in left_seconds else clock(sum(left_seconds))
     say(console, f"{len(cells) - len(done)} of {len(cells)} cells to do, time: {whole}")
     return 0
@@ -70,21 +74,26 @@ def _row(
     row = {
         "method": own[0].method,
         "done": f"{len(own) - num_left}/{len(own)}",
-        "time/cell": "unknown" if each is None else clock(each),
+        "time": "unknown" if each is None else clock(each),
     }
     if isinstance(found, str):
-        return {**row, "weights": found, "of budget": "-", **dict.fromkeys((*PARTS, "MiB"), "-")}
-    parts = {name: f"{getattr(found, part) / MIB:,.1f}" for name, part in PARTS.items()}
-    return {**row, **_solved(own[0], found), **parts, "MiB": f"{found.total_bytes / MIB:,.1f}"}
+        return {**row, **dict.fromkeys(("weights", "budget", *PARTS, "sum"), "-")}
+    parts = {name: _size(getattr(found, part)) for name, part in PARTS.items()}
+    return {**row, **_solved(own[0], found), **parts, "sum": _size(found.total_bytes)}
+
+
+def _size(num_bytes: float) -> str:
+    """`25 M` or `12.6 G`, in powers of 1024."""
+    return f"{num_bytes / MIB:.0f} M" if num_bytes < 1024 * MIB else f"{num_bytes / 2**30:.1f} G"
 
 
 def _solved(cell: Cell, found: Estimate) -> dict[str, str]:
     if found.num_trainable is None:
-        return {"weights": f"~{found.num_asked:,}", "of budget": "-"}
+        return {"weights": f"~{found.num_asked:,}", "budget": "-"}
     share_of_budget = found.num_trainable / found.num_asked
     is_matched = cell.entry.matched and abs(share_of_budget - 1) <= 0.01
     mark = "" if is_matched else UNMATCHED
-    return {"weights": f"{found.num_trainable:,}{mark}", "of budget": f"{share_of_budget:.1%}"}
+    return {"weights": f"{found.num_trainable:,}{mark}", "budget": f"{share_of_budget:.0%}"}
 
 
 def _here(device: str | None, num_processes: int) -> Environment:

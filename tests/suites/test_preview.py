@@ -30,7 +30,7 @@ def test_plan_names_cells_budgets_memory_and_time(arena, tmp_path, capsys):
     assert printed.count("to do ") == 7
     assert "7 of 8 cells to do, time: unknown" in printed
     lines = {line.split()[1]: line for line in printed.splitlines() if line.startswith("│")}
-    assert "100.0%" in lines["lora"] and "1/2" in lines["lora"]
+    assert "100%" in lines["lora"] and "1/2" in lines["lora"]
     assert "†" in lines["full"] and "†" in lines["base"]
     assert sorted(tmp_path.rglob("*")) == before
 
