@@ -235,4 +235,5 @@ def task_score(task: Task, score: Score) -> TaskScore:
         num_items=score.num_items,
         per_item=tuple(score.per_item),
         doc_ids=tuple(score.doc_ids),
+        subtasks=dict(score.subtasks),
     )

@@ -46,7 +46,7 @@ class Score:
 
 def evaluate(
     model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     tasks: Sequence[Task],
     task_folder: str | None,
     batch_size: int,
@@ -63,6 +63,8 @@ def evaluate(
     """
     if not tasks:
         return {}
+    if tokenizer is None:
+        raise ValueError("a mere shape has no tokenizer, so it cannot be asked any task")
     with _quiet(show_progress), _same_random_state(), _same_mode(model):
         from lm_eval.models.huggingface import HFLM
 

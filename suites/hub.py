@@ -203,7 +203,8 @@ def stay_offline_if_unreachable() -> None:
 
 def _answers(url: str) -> bool:
     try:
-        urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS).close()
+        request = urllib.request.Request(url, method="HEAD")
+        urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS).close()
     except urllib.error.HTTPError:
         return True
     except OSError:

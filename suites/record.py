@@ -39,6 +39,8 @@ class TaskScore:
     #: The metric of each item, in the order of `doc_ids`; 0 or 1 where it is a correctness.
     per_item: tuple[float, ...]
     doc_ids: tuple[int, ...]
+    #: Of a group or tag, the number of items of each subtask, in their order.
+    subtasks: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

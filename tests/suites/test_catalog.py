@@ -16,7 +16,7 @@ from suites.distributed import Rank
 from suites.embedded import build
 from suites.methods import METHODS
 from suites.overrides import override
-from suites.plan import Cell, Execution
+from suites.plan import Cell, Execution, plan
 from suites.record import Record
 from suites.suite import Suite, Tuning
 from tests.conftest import TINY
@@ -111,6 +111,7 @@ def test_mmlu_flan_on_lm_evals_own_definitions_and_a_copy_of_their_data(hub):
     check_training(done, 12)
     mmlu = done.scores["mmlu"]
     assert (mmlu.num_items, mmlu.role, mmlu.metric) == (57, "target", "acc,none")
+    assert len(mmlu.subtasks) == len(mmlu.per_item) == 57
     assert 0 < done.scores["general_text"].value < 1
 
 
@@ -229,13 +230,15 @@ def test_every_suite_is_complete(suite):
     assert len({len(grid) for grid in suite.grids.values()}) <= 1
 
 
-def test_a_task_of_both_splits_is_chosen_on_test():
+def test_flags_and_plans_mean_the_test_split_and_point_to_the_search():
     tasks = override(SUITES["mmlu_flan"], tasks="mmlu").tasks
     assert [(task.name, task.split) for task in tasks] == [
         ("mmlu", "test"),
         ("mmlu", "dev"),
         ("general_text_dev", "dev"),
     ]
+    with pytest.raises(ValueError, match=r"no learning rate for 'dora'.*--search picks one"):
+        plan(SUITES["mmlu_flan"], ["dora"], [0])
     with pytest.raises(ValueError, match="--task-folder: nowhere is no folder"):
         override(SUITES["mmlu_flan"], task_folder="nowhere")
 
