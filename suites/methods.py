@@ -149,8 +149,8 @@ METHODS: dict[str, Entry] = {
     ),
     "prefix": Entry(
         "prefix tuning: keys and values of virtual tokens",
-        ADAPTER,
-        _adapter("prefix", "PREFIX_TUNING", "num_virtual_tokens"),
+        "baselines.prefix:Prefix",
+        {"activations": True},
     ),
     "ln_tuning": Entry(
         "the scales of the norms",

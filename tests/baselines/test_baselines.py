@@ -9,9 +9,10 @@ from baselines.adapter import Adapter, make_config
 from baselines.base import Base
 from baselines.full import Full
 from baselines.lora import Lora, solve_ranks
+from baselines.prefix import Prefix, initialize
 from baselines.supertuning import Supertuning, solve_sparsity
 from suites.suite import Budget
-from tests.baselines.llama import budget, logits, make_llama, train
+from tests.baselines.llama import BATCH, budget, logits, make_llama, train
 
 TARGETS = ("q_proj", "down_proj")
 
@@ -135,6 +136,15 @@ def test_bad_hyper_parameters_are_named(make, message):
 def test_lora_without_targets_names_them(model):
     with pytest.raises(ValueError, match="none of the targeted modules: nowhere"):
         Lora().prepare(model, Budget(2, ("nowhere",)), 10)
+
+
+def test_a_prefix_begins_as_what_tokens_before_would_do(model):
+    contestant = Prefix(activations=True).prepare(model, budget("r1"), 10)
+    tokens = initialize(contestant.model).expand(len(BATCH["input_ids"]), -1)
+    prefixed = logits(contestant.model)
+    with torch.no_grad():
+        whole = model(input_ids=torch.cat([tokens, BATCH["input_ids"]], dim=1)).logits
+    torch.testing.assert_close(prefixed, whole[:, tokens.shape[1] :])
 
 
 def test_a_prefix_ends_with_a_table_of_places():
