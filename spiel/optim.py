@@ -181,6 +181,23 @@ class SpielAdamW(SpielOptimizer):
         raise ValueError("the optimizer does not have this parameter")
 
 
+def move_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, change: Exchange) -> None:
+    """Brings an ordinary optimiser's state per weight to a new support, 0 for grown weights.
+
+    Raises:
+        TypeError: it keeps state in a form that cannot follow.
+    """
+    for name, value in optimizer.state[parameter].items():
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            continue
+        if value.shape != parameter.shape or not value.is_floating_point():
+            raise TypeError(
+                f"{type(optimizer).__name__} keeps {name!r} in a form that cannot follow a "
+                "reselection (shape or dtype); use spiel.SpielAdamW"
+            )
+        optimizer.state[parameter][name] = change.move(value)
+
+
 @cache
 def _table(beta1: float, beta2: float, device: torch.device) -> torch.Tensor:
     ages = torch.arange(MAX_AGE + 1, dtype=torch.float64, device="cpu")

@@ -13,7 +13,7 @@ from spiel.distributed import broadcast_, check_equal, is_parallel
 from spiel.layer import SpielLinear
 from spiel.model import spiel_layers
 from spiel.ops.blocked import largest_products
-from spiel.optim import SpielAdamW
+from spiel.optim import SpielAdamW, move_state
 from spiel.reselection import Exchange, Schedule, drop, exchange, grow_by_gradients
 from spiel.sm3 import SpielSM3
 from spiel.window import GradientWindow
@@ -228,7 +228,7 @@ class Reselector:
             means = (sums[at] / window.num_steps, squares[at] / window.num_steps)
             self.optimizer.reselect(deltas, change, *means, window.num_steps)
         else:
-            _move_state(self.optimizer, deltas, change)
+            move_state(self.optimizer, deltas, change)
 
     def _reselect_by_momenta(self, layer: SpielLinear, n: int) -> None:
         """Exchanges `n` deltas of a layer for the inactive weights of largest momenta (MA)."""
@@ -254,18 +254,3 @@ def _config_of(model: nn.Module, adapter: str) -> SpielConfig:
         if isinstance(config, SpielConfig):
             return config
     raise ValueError(f"the model has no SpielConfig of adapter {adapter!r}")
-
-
-def _move_state(
-    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, change: Exchange
-) -> None:
-    """Brings an ordinary optimiser's state per weight to a new support, 0 for grown weights."""
-    for name, value in optimizer.state[parameter].items():
-        if not isinstance(value, torch.Tensor) or value.dim() == 0:
-            continue
-        if value.shape != parameter.shape or not value.is_floating_point():
-            raise TypeError(
-                f"{type(optimizer).__name__} keeps {name!r} in a form that cannot follow a "
-                "reselection (shape or dtype); use spiel.SpielAdamW"
-            )
-        optimizer.state[parameter][name] = change.move(value)
