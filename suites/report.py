@@ -79,6 +79,12 @@ def step_seconds(record: Record) -> float | None:
     return statistics.fmean(seconds[1:] or seconds) if seconds else None
 
 
+def tokens_per_second(record: Record) -> float | None:
+    """Tokens that are no padding, by the time of train steps alone."""
+    seconds, num_steps = step_seconds(record), len(record.training.step_seconds)
+    return record.training.num_tokens / num_steps / seconds if seconds else None
+
+
 def _step_seconds_by_seed(records: Iterable[Record], method: str) -> dict[int, float]:
     return {
         record.seed: seconds
@@ -158,6 +164,8 @@ def _cost(ok: Sequence[Record]) -> dict[str, Any]:
     row["callback_seconds_per_step"] = _mean(
         _mean(record.training.callback_seconds) for record in ok
     )
+    row["tokens_per_second"] = _mean(tokens_per_second(record) for record in ok)
+    row["first_step_flops"] = _mean(record.training.first_step_flops for record in ok)
     for name in ("saved_for_backward_bytes", "optimizer_state_bytes", "artifact_bytes"):
         row[name] = _mean(getattr(record.size, name) for record in ok)
     return row

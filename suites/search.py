@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import pandas as pd
 
 from suites import stats
 from suites.plan import Cell, records_folder, safe_name
-from suites.record import Record
-from suites.report import MixedRecordsError, accuracies, columns, require_comparable
-from suites.suite import Tuning
+from suites.record import Record, write_whole
+from suites.report import ROLES, MixedRecordsError, accuracies, columns, require_comparable
+from suites.suite import Suite, Tuning
 from suites.table import drawn, load, make_console, say, spread
 
 
@@ -36,12 +37,47 @@ def present(cells: Sequence[Cell], out: Path) -> int:
         return 1
     suite = cells[0].suite
     console.print(drawn(f"{suite.name}: grids on dev", words(found)))
-    path = out / "grids" / f"{safe_name(suite.name)}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found.to_csv(path, index=False)
     say(console, f"records: {records_folder(suite, out, 'dev')}")
-    say(console, f"grids:   {path}")
+    paths = write(found, suite, out)
+    say(console, f"grids:   {', '.join(str(path) for path in paths)}")
     return 1 if problems or failed else 0
+
+
+def write(found: pd.DataFrame, suite: Suite, out: Path) -> list[Path]:
+    """Writes the curves as CSV and Markdown, and as a figure where matplotlib is installed."""
+    stem = safe_name(suite.name)
+    csv, markdown = (out / "grids" / f"{stem}.{ending}" for ending in ("csv", "md"))
+    write_whole(found.to_csv(index=False), csv)
+    title = f"# {suite.name}: grids on dev\n\n"
+    table = words(found).to_markdown(index=False, disable_numparse=True)
+    write_whole(f"{title}{table}\n", markdown)
+    if find_spec("matplotlib") is None:
+        return [csv, markdown]
+    figure = out / "figures" / f"{stem}-grid.png"
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    draw(found, suite.name, figure)
+    return [csv, markdown, figure]
+
+
+def draw(found: pd.DataFrame, name: str, path: Path) -> None:
+    """A panel a role: each method's dev score by learning rate, its pick marked with a ring."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, len(ROLES), sharex=True)
+    for panel, role in zip(panels, ROLES, strict=True):
+        for method, own in found.sort_values("lr").groupby("method", sort=False):
+            errors = own[f"{role}_ci95"].astype(float).fillna(0.0)
+            values = own[role].astype(float)
+            line = panel.errorbar(own["lr"], values, errors, marker=".", capsize=2, label=method)
+            picked = own[own["picked"]]
+            panel.plot(
+                picked["lr"], picked[role], "o", ms=12, mfc="none", color=line[0].get_color()
+            )
+        panel.set(xscale="log", xlabel="learning rate", ylabel=f"{role} on dev")
+    panels[0].legend()
+    figure.suptitle(f"{name}: mean over seeds, 95 % interval; ring: picked")
+    figure.savefig(path, dpi=150)
 
 
 def picks(cells: Sequence[Cell], out: Path) -> dict[str, Tuning]:

@@ -1,6 +1,7 @@
 """Flags make another suite, whose name says so and whose records mix with no other's."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ VALUES = {
     "model": "owner/name",
     "data": "owner/data",
     "tasks": "world_target",
+    "task_folder": str(Path(__file__).parent),  # any folder
     "steps": 7,
     "limit": 5,
     "seq_len": 8,

@@ -100,3 +100,13 @@ def test_truncated_record_is_damaged(path):
     path.write_text(path.read_text()[:-40])
     with pytest.raises(DamagedRecordError):
         record.read(path)
+
+
+def test_a_record_of_schema_1_is_read(path):
+    before = finished(cell())
+    values = dataclasses.asdict(before)
+    del values["training"]["first_step_flops"], values["training"]["resumed_at"]
+    del values["environment"]["num_processes"]
+    path.parent.mkdir()
+    path.write_text(json.dumps({**values, "schema_version": 1}))
+    assert record.read(path) == before

@@ -5,7 +5,7 @@ import dataclasses
 import pandas as pd
 import pytest
 
-from suites import record, report, search, table
+from suites import catalog, record, report, search, table
 from suites.record import Record
 from suites.suite import Tuning
 from tests.suites.arena import ENVIRONMENT, cell, finished
@@ -162,6 +162,15 @@ def test_search_writes_its_curves(tmp_path, capsys):
     curves = pd.read_csv(tmp_path / "grids" / "small.csv")
     assert curves["num_seeds"].tolist() == [2, 2]
     assert "dev target" in capsys.readouterr().out
+    assert "picked, at edge" in (tmp_path / "grids" / "small.md").read_text()
+    assert search.picks([of for of, _ in trials], tmp_path) == {"lora": Tuning(1e-4)}
+
+
+def test_search_draws_its_curves(tmp_path):
+    pytest.importorskip("matplotlib")
+    trials = [trial(lr, seed, 0.5 + lr)[1] for lr in (1e-4, 1e-3, 1e-2) for seed in (0, 1)]
+    search.draw(search.curves(trials), "small", tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_search_picks_the_smallest_rate_that_dev_cannot_tell_from_the_best():
@@ -205,3 +214,22 @@ def test_other_items_are_not_paired():
     there = with_items(cell("spiel"), 1.0, 0.0, 1.0)
     with pytest.raises(report.MixedRecordsError, match="different test items"):
         report.frame([here, there])
+
+
+def test_what_steps_cost_is_in_the_columns():
+    found = finished(cell())  # 30 tokens in three steps of 0.1 seconds
+    training = dataclasses.replace(found.training, num_tokens=30, first_step_flops=10**9)
+    row = row_of(report.frame([dataclasses.replace(found, training=training)]), "lora")
+    assert row["tokens_per_second"] == pytest.approx(100)
+    assert row["first_step_flops"] == 10**9
+    assert row["callback_seconds_per_step"] == pytest.approx(0.01)
+
+
+def test_without_tasks_there_is_a_dash_for_every_score(tmp_path, capsys):
+    suite = catalog.SUITES["footprint_tiny"]
+    cells = [cell(method, suite=suite) for method in ("lora", "spiel")]
+    records = [finished(each, scores={}) for each in cells]
+    frame = report.frame(records)
+    assert table.quality(frame)["target ± 95 %"].tolist() == ["-", "-"]
+    write_all(records, cells, tmp_path)
+    assert table.present(cells, tmp_path) == 0

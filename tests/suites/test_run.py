@@ -7,17 +7,15 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 
 from suites import children, messages, record, run, runner, workers
 from suites.distributed import Rank
 from suites.embedded import default_cache_dir
 from suites.methods import METHODS
-from suites.overrides import override
 from suites.plan import Execution, plan
-from suites.progress import LineProgress, Report, clock
-from tests.suites.arena import BROKEN, cell, finished, small_suite, still_running
+from suites.progress import LineProgress
+from tests.suites.arena import BROKEN, cell, finished, small_suite
 
 
 @pytest.fixture
@@ -153,6 +151,22 @@ def test_second_start_skips_what_is_finished(arena, tmp_path, capsys):
     assert [each.record_path(tmp_path).stat().st_mtime_ns for each in cells] == before
 
 
+def test_search_runs_its_picks(arena, tmp_path, capsys):
+    arguments = ["--methods", "base,lora", "--seeds", "0", "--limit", "4", "--save-minutes", "0"]
+    assert command("--search", *arguments, out=tmp_path) == 0
+    printed = capsys.readouterr().out
+    folder = tmp_path / "records" / "small-limit4" / "world"
+    trials = {path.stem: record.read(path) for path in (folder / "search").iterdir()}
+    assert {each.split for each in trials.values()} == {"dev"}
+    assert len(trials) == 2
+    runs = {path.stem: record.read(path) for path in folder.glob("*.json")}
+    assert {each.split for each in runs.values()} == {"test"}
+    assert set(runs) >= {"base-r2-s0"} and len(runs) == 2
+    assert "quality" in printed
+    assert command("--search-only", *arguments, out=tmp_path) == 0
+    assert "quality" not in capsys.readouterr().out
+
+
 def test_what_is_not_ok_or_not_the_same_is_run_again(tmp_path):
     done, failed, other, missing = (cell(seed=seed) for seed in range(4))
     record.write(finished(done), done.record_path(tmp_path))
@@ -197,32 +211,6 @@ def test_child_that_cannot_write_says_so(tmp_path, monkeypatch, world_folder):
     assert "No space left" in sent[-1].problem
 
 
-def test_ctrl_c_stops_the_child_and_leaves_the_rest_to_a_second_start(tmp_path, world_cache):
-    arguments = ["small", "--methods", "base,lora", "--seeds", "0", "--out", str(tmp_path)]
-    environment = {**os.environ, "SPIEL_CACHE": str(world_cache)}
-    script = [sys.executable, "-m", "tests.suites.arena"]
-    long = subprocess.Popen(
-        [*script, *arguments, "--steps", "100000"],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in long.stderr:
-        if "lora seed 0: train" in line:
-            break
-    family = psutil.Process(long.pid).children(recursive=True)
-    long.send_signal(signal.SIGINT)
-    assert long.wait(timeout=15) == 130
-    assert "the same command continues" in long.stderr.read()
-    assert still_running(family) == []
-    folder = tmp_path / "records" / "small-steps100000" / "world"
-    statuses = {path.stem: record.read(path).status for path in folder.iterdir()}
-    assert statuses == {"base-r2-s0": "ok", "lora-r2-s0": "interrupted"}
-    assert not list(folder.glob(".*"))
-    cells = plan(override(small_suite(), steps=100000), ["base", "lora"], [0])
-    assert runner.finished(cells, tmp_path) == (cells[:1], [])
-
-
 def test_interruption_keeps_a_finished_record(tmp_path):
     before = finished(cell())
     record.write(before, cell().record_path(tmp_path))
@@ -235,21 +223,6 @@ def test_death_is_called_out_of_memory_only_where_that_is_known(monkeypatch):
     assert runner._death(-signal.SIGKILL, killed_before=4)[0] == "failed"
     assert runner._death(-signal.SIGKILL, killed_before=3)[0] == "oom"
     assert runner._death(3, killed_before=3) == ("failed", "its process ended with exit code 3")
-
-
-def test_lines_tell_phase_step_loss_and_time_left():
-    console = _Silent()
-    view = LineProgress(console, [cell("base"), cell()], every_seconds=0)
-    view.start_cell(cell("base"))
-    view.end_cell(cell("base"), "ok")
-    view.start_cell(cell())
-    view.hear(Report("train", 2, 4, 1.25))
-    assert console.lines[0].startswith("[1/2] base seed 0: ok")
-    assert console.lines[1].startswith("[2/2] lora seed 0: train 2/4, loss 1.250, 0:00 left")
-
-
-def test_clock():
-    assert [clock(s) for s in (None, 5, 65, 3725)] == ["-", "0:05", "1:05", "1:02:05"]
 
 
 class _Silent:

@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 
-from suites import record, table
+from suites import record, runner, table
 from suites.overrides import override
 from suites.plan import plan
 from tests.suites.arena import finished, small_suite, still_running
@@ -79,3 +79,29 @@ def test_records_of_another_cell_are_not_counted(tmp_path, capsys):
     record.write(finished(other), lora.record_path(tmp_path))
     assert table.present([lora], tmp_path) == 1
     assert "not counted: " in capsys.readouterr().out
+
+
+def test_ctrl_c_stops_the_child_and_leaves_the_rest_to_a_second_start(tmp_path, world_cache):
+    arguments = ["small", "--methods", "base,lora", "--seeds", "0", "--out", str(tmp_path)]
+    environment = {**os.environ, "SPIEL_CACHE": str(world_cache)}
+    script = [sys.executable, "-m", "tests.suites.arena"]
+    long = subprocess.Popen(
+        [*script, *arguments, "--steps", "100000"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in long.stderr:
+        if "lora seed 0: train" in line:
+            break
+    family = psutil.Process(long.pid).children(recursive=True)
+    long.send_signal(signal.SIGINT)
+    assert long.wait(timeout=15) == 130
+    assert "the same command continues" in long.stderr.read()
+    assert still_running(family) == []
+    folder = tmp_path / "records" / "small-steps100000" / "world"
+    statuses = {path.stem: record.read(path).status for path in folder.iterdir()}
+    assert statuses == {"base-r2-s0": "ok", "lora-r2-s0": "interrupted"}
+    assert not list(folder.glob(".*"))
+    cells = plan(override(small_suite(), steps=100000), ["base", "lora"], [0])
+    assert runner.finished(cells, tmp_path) == (cells[:1], [])
