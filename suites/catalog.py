@@ -49,7 +49,7 @@ def quickstart() -> Suite:
             "vera": _learning_rates(3e-3, 1e-2, 3e-2, 6e-2, 1e-1),
             "miss": _learning_rates(2e-4, 5e-4, 1e-3, 2e-3, 5e-3),
             "ia3": _learning_rates(3e-3, 1e-2, 2e-2, 5e-2, 1e-1),
-            "prefix": _learning_rates(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+            "prefix": _learning_rates(3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
             "ln_tuning": _learning_rates(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
             "shira": _learning_rates(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
             "supertuning": _learning_rates(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
