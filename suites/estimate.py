@@ -3,20 +3,20 @@
 Memory, in bytes, of one process:
 
 - weights: every parameter and buffer in its dtype; 4-bit linears 4.127 bits a weight (QLoRA,
-  arXiv 2305.14314, section 3).
+  arXiv 2305.14314, section 3); what the method adds in fp32.
 - gradients: the trained weights in their dtype; optimizer: twice that, the moments of Adam.
 - activations, for T tokens of one micro-batch in a model of width h, MLP width m, key and value
   width k and b bytes an element: a layer keeps T (b (6 h + 2 k + 4 m) + 8 h): inputs and outputs
   of attention and MLP, and what the norms keep in fp32; the loss keeps T V (b + 8) over V words.
   With gradient checkpointing: one layer in full, and T h b for each.
 
-What is left out: workspaces, fragmentation, attention that keeps its scores.
+What is left out: indices of sparse methods, workspaces, fragmentation, and attention that keeps its
+scores.
 """
 
 from __future__ import annotations
 
 import statistics
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,17 +34,13 @@ from suites.suite import WORLD, Suite
 #: Bytes of a weight in NF4 with double quantisation.
 NF4_BYTES = 4.127 / 8
 
-#: Methods that need values are solved only below this budget: above it takes more than seconds.
-MOST_VALUES = 10**7
-
 
 @dataclass(frozen=True)
 class Estimate:
     """Of one method's cells."""
 
     num_asked: int
-    #: None where the method cannot be solved without the model's values.
-    num_trainable: int | None
+    num_trainable: int
     weights_bytes: float
     gradient_bytes: float
     optimizer_bytes: float
@@ -57,28 +53,21 @@ class Estimate:
 
 
 def estimate(cell: Cell, way: Execution) -> Estimate:
-    """Makes the cell's method ready on a model without values; raises ValueError as that does."""
+    """Asks the method its size on a model without values; raises ValueError as that does."""
     suite = cell.suite
     model = meta_model(suite)
-    config, asked = model.config, suite.budget.num_weights(model)
-    base_bytes, whole_bytes = _held_bytes(model, suite.model.quantize), _held_bytes(model, None)
-    contestant = _prepared(cell, model, asked)
-    if contestant is None:
-        trained_bytes, added_bytes, num_trainable = 4 * asked, 4 * asked, None
-    else:
-        trained = [p for p in contestant.model.parameters() if p.requires_grad]
-        trained_bytes = sum(p.numel() * p.element_size() for p in trained)
-        added_bytes = _held_bytes(contestant.model, None) - whole_bytes
-        num_trainable = contestant.num_trainable
+    size = cell.entry.load().size(model, suite.budget)
+    # A method adds weights in fp32, or trains all the model's own as they are.
+    is_own = size == model.num_parameters()
+    trained_bytes = size * (getattr(torch, suite.model.dtype).itemsize if is_own else 4)
+    needed = activation_bytes(model.config, suite, way.num_processes) if cell.entry.trains else 0
     return Estimate(
-        asked,
-        num_trainable,
-        weights_bytes=base_bytes + added_bytes,
+        num_asked=suite.budget.num_weights(model),
+        num_trainable=size,
+        weights_bytes=_held_bytes(model, suite.model.quantize) + (0 if is_own else trained_bytes),
         gradient_bytes=trained_bytes,
         optimizer_bytes=2 * trained_bytes,
-        activation_bytes=activation_bytes(config, suite, way.num_processes)
-        if cell.entry.trains
-        else 0,
+        activation_bytes=needed,
     )
 
 
@@ -91,32 +80,6 @@ def meta_model(suite: Suite) -> Any:
 
     tokenizer = embedded_base.make_tokenizer(embedded_facts.vocabulary(suite.world))
     return models.empty_model(embedded_base._config(suite.world, tokenizer), dtype)
-
-
-def _prepared(cell: Cell, model: Any, asked: int) -> Any:
-    """The contestant; None where the method needs values and they are too many to be made up."""
-    suite, method = cell.suite, cell.entry.load()  # not on the meta device, where imports fail
-    num_weights = model.num_parameters()
-    for device in ("meta", "cpu"):
-        if device == "cpu" and asked > MOST_VALUES:
-            break
-        if device == "cpu":
-            model = meta_model(suite)  # the first try left it half adapted
-            model = _zeroed(model) if num_weights <= MOST_VALUES else model
-        try:
-            with torch.device(device), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of values that are not there
-                return method.prepare(model, suite.budget, suite.recipe.num_steps)
-        except (NotImplementedError, RuntimeError):
-            continue  # it asks for a value that there is not
-    return None
-
-
-def _zeroed(model: Any) -> Any:
-    model = model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        torch.nn.init.zeros_(parameter)
-    return model
 
 
 def _held_bytes(model: torch.nn.Module, quantize: str | None) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -25,8 +27,11 @@ PARTS = {
     "activ": "activation_bytes",
 }
 
+#: So many methods are estimated one after the other.
+FEW = 4
+
 NOTE = (
-    f"{UNMATCHED} not matched to the budget; ~ asked, not to be solved without values. "
+    f"{UNMATCHED} not matched to the budget. "
     "Bytes by shapes, of one process: weights, gradients, optimizer, activations at full length "
     "(suites/estimate.py has the formulas). Time of a cell: by finished ones on this hardware."
 )
@@ -43,12 +48,13 @@ def present(cells: Sequence[Cell], out: Path, way: Execution) -> int:
     for cell in cells:
         say(console, f"{'done ' if cell in done else 'to do'} {cell.record_path(out)}")
     rows, notes, left_seconds = [], [], []
-    for name in dict.fromkeys(cell.method for cell in cells):
+    estimates = _estimates(cells, way)
+    for name in estimates:
         own = [cell for cell in cells if cell.method == name]
         num_left = sum(cell not in done for cell in own)
         each = seconds(own[0], records)
         left_seconds.append(None if num_left and each is None else num_left * (each or 0.0))
-        found = _estimated(own[0], way)
+        found = estimates[name]
         if isinstance(found, str):
             notes.append(f"{name}: {found}")
         rows.append(_row(own, num_left, found, each))
@@ -58,6 +64,21 @@ def present(cells: Sequence[Cell], out: Path, way: Execution) -> int:
     whole = "unknown" if None in left_seconds else clock(sum(left_seconds))
     say(console, f"{len(cells) - len(done)} of {len(cells)} cells to do, time: {whole}")
     return 0
+
+
+def _estimates(cells: Sequence[Cell], way: Execution) -> dict[str, Estimate | str]:
+    """One for each method, in their order; of many and large ones, several at a time."""
+    first = {cell.method: cell for cell in reversed(cells)}
+    names = list(dict.fromkeys(cell.method for cell in cells))
+    ordered = [first[name] for name in names]
+    if len(ordered) <= FEW or "fork" not in multiprocessing.get_all_start_methods():
+        return {cell.method: _estimated(cell, way) for cell in ordered}
+    for cell in ordered:
+        cell.entry.load()  # what it imports is imported once, before the forks
+    found = [_estimated(ordered[0], way)]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        found += pool.map(_estimated, ordered[1:], [way] * len(names[1:]))
+    return dict(zip(names, found, strict=True))
 
 
 def _estimated(cell: Cell, way: Execution) -> Estimate | str:
@@ -88,8 +109,6 @@ def _size(num_bytes: float) -> str:
 
 
 def _solved(cell: Cell, found: Estimate) -> dict[str, str]:
-    if found.num_trainable is None:
-        return {"weights": f"~{found.num_asked:,}", "budget": "-"}
     share_of_budget = found.num_trainable / found.num_asked
     is_matched = cell.entry.matched and abs(share_of_budget - 1) <= 0.01
     mark = "" if is_matched else UNMATCHED

@@ -91,8 +91,7 @@ def paired_difference(
     seeds = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_resamples)
     means = np.zeros(num_resamples)
     for task in differences:
-        means += _resampled_means(task, seeds / num_seeds, generator)
-    means /= len(differences)
+        means += _resampled_means(task, seeds / num_seeds, generator) / len(differences)
     low, high = np.quantile(means, (0.025, 0.975))
     # A difference of exactly 0 speaks for neither side, so it counts for both.
     tail = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
