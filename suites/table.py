@@ -105,9 +105,9 @@ def quality(frame: pd.DataFrame) -> pd.DataFrame:
                 "weights": number(row["num_trainable"], ",.0f", mark),
                 "%": number(row["trainable_percent"], ".2f"),
                 "lr": number(row["lr"], "g"),
-                "target ± 95 %": spread(row, "target", ".3f"),
-                "retention ± 95 %": spread(row, "retention", ".3f"),
-                f"- {report.BASELINE}": differences(row),
+                "target": spread(row, "target", ".3f"),
+                "retention": spread(row, "retention", ".3f"),
+                f"vs {report.BASELINE}": differences(row),
             }
         )
     return pd.DataFrame(rows)
@@ -162,8 +162,9 @@ def spread(row: dict, name: str, style: str, scale: float = 1) -> str:
 def footnotes(frame: pd.DataFrame, records: Sequence[Record]) -> list[str]:
     """What must be known to read the table, and what went wrong."""
     notes = [
-        "target, retention: accuracy. MiB: peak of a phase, beyond what the libraries hold; kept "
-        "for the backward pass; state of the optimizer; files to keep."
+        "target, retention: accuracy. ±: half the 95 % interval over seeds. MiB: peak of a phase, "
+        "beyond what the libraries hold; kept for the backward pass; state of the optimizer; files "
+        "to keep."
     ]
     asked = {record.size.num_asked for record in records if record.size and record.size.num_asked}
     budget = f"the budget of {asked.pop():,} weights" if asked else "a budget"
@@ -171,7 +172,7 @@ def footnotes(frame: pd.DataFrame, records: Sequence[Record]) -> list[str]:
         notes.append(f"{UNMATCHED} not matched to {budget}.")
     if frame[[f"{role}_minus_{report.BASELINE}" for role in report.ROLES]].notna().any(axis=None):
         notes.append(
-            f"- {report.BASELINE}: target / retention above {report.BASELINE}'s, paired by item "
+            f"vs {report.BASELINE}: target / retention above {report.BASELINE}'s, paired by item "
             f"and seed; {SIGNIFICANT} p < {stats.SIGNIFICANCE:g} (two-way bootstrap)."
         )
     if (frame["num_ok"] == 1).any():
