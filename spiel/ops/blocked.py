@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from spiel.support import index_dtype
+
 #: The most memory an op may take beside its operands and its result.
 WORKSPACE_BYTES = 64 * 2**20
 
@@ -77,8 +79,8 @@ def largest_gradients(
 
     shape = left_TR.shape[1], right_TC.shape[1]
     indices, values = _largest(block, torch.abs, *shape, k, left_TR.device)
-    order = indices.argsort()
-    return indices[order], values[order]
+    indices, order = indices.sort()
+    return indices.to(index_dtype(shape[0] * shape[1])), values[order]
 
 
 def largest_products(
