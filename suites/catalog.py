@@ -74,21 +74,21 @@ def lab() -> Suite:
             "lora": _learning_rates(3e-4, 6e-4, 1e-3, 2e-3, 4e-3),
             "spiel": _learning_rates(2e-4, 5e-4, 1e-3, 2e-3, 4e-3),
         },
+        # The quickstart's facts for twice the entities; pretraining, its loss is 0.03 after 260
+        # steps, and retention of the base model is 1.0.
         world=World(
             num_entities=1600,
-            num_clusters=64,
-            num_values=192,
             num_questions=2000,
             hidden_size=512,
             intermediate_size=1376,
             num_layers=6,
             num_heads=8,
-            initializer_range=0.02,
-            pretraining_steps=400,
+            initializer_range=0.04,
+            pretraining_steps=300,
             pretraining_lr=1e-3,
         ),
         seeds=tuple(range(10)),
-        cpu_note="",
+        cpu_note="the world takes ten minutes, once, and a cell four (on one core)",
     )
 
 
