@@ -90,6 +90,8 @@ def test_ctrl_c_stops_the_child_and_leaves_the_rest_to_a_second_start(tmp_path, 
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that starts tests in the background has them ignore Ctrl-C, and so their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for line in long.stderr:
         if "lora seed 0: train" in line:
