@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
+from spiel import ops
 from spiel.budget import share_out
 from spiel.callback import SpielCallback
 from spiel.config import SpielConfig
@@ -46,6 +47,11 @@ class SpielContestant:
     def optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         optimizer = SpielSM3 if self.growth == "ma" else SpielAdamW
         return optimizer(self.model, lr=lr, weight_decay=weight_decay)
+
+    @property
+    def backend(self) -> str | None:
+        """The ops that formed gradients in this process so far, for the record."""
+        return ", ".join(sorted(ops.backend_calls)) or None
 
     def artifact(self, path: Path) -> None:
         self.model.save_pretrained(str(path))

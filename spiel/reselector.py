@@ -31,8 +31,8 @@ class Reselector:
             SpielAdamW, and takes any optimiser whose state per weight has the parameter's shape:
             grown weights then start from a state of 0.
         total_steps: length of training in optimizer steps.
-        gradient_accumulation_steps: backward passes for each optimizer step. More than so many
-            means that a call of `step` was left out, which is told.
+        gradient_accumulation_steps: backward passes for each optimizer step, at least 1. Only
+            checked: a step's gradients end where the optimizer steps, after however many passes.
         adapter: which adapter, where several are active.
 
     Raises:
@@ -65,7 +65,6 @@ class Reselector:
         )
         self.optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         self._check_optimizer()
-        self.gradient_accumulation_steps = gradient_accumulation_steps
         self.t = 0
         self.windows: dict[str, GradientWindow] = {}
         self._scale = 1.0
