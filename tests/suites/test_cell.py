@@ -9,6 +9,7 @@ from suites import cell as cell_module
 from suites import record
 from suites.distributed import Rank
 from suites.plan import Execution
+from suites.suite import Recipe
 from suites.train import DivergedError
 from tests.suites.arena import cell, small_suite
 
@@ -60,6 +61,14 @@ def test_progress_is_reported(lora):
     steps = [report for report in reports if report.step]
     assert [(report.step, report.num_steps) for report in steps] == [(1, 3), (2, 3), (3, 3)]
     assert all(math.isfinite(report.loss) for report in steps)
+
+
+def test_the_record_names_the_ops_that_spiel_ran_on(run_small):
+    suite = small_suite(recipe=Recipe(num_steps=6, batch_size=4))
+    found, _ = run_small("spiel", suite=suite)
+    assert found.status == "ok", found.reason
+    assert found.backend is not None
+    assert set(found.backend.split(", ")) <= {"sampled", "blocked"}
 
 
 def test_base_does_not_train(run_small):
