@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -43,6 +44,8 @@ class SpielContestant:
     callbacks: Sequence[TrainerCallback]
     num_trainable: int
     growth: str
+    #: Which ops had formed gradients in this process before.
+    earlier_calls: Counter[str] = field(default_factory=ops.backend_calls.copy)
 
     def optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         optimizer = SpielSM3 if self.growth == "ma" else SpielAdamW
@@ -50,8 +53,8 @@ class SpielContestant:
 
     @property
     def backend(self) -> str | None:
-        """The ops that formed gradients in this process so far, for the record."""
-        return ", ".join(sorted(ops.backend_calls)) or None
+        """The ops that have formed gradients in this process since, for the record."""
+        return ", ".join(sorted(ops.backend_calls - self.earlier_calls)) or None
 
     def artifact(self, path: Path) -> None:
         self.model.save_pretrained(str(path))
