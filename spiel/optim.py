@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,9 @@ from spiel.state import check_state_dtype, fetch, store
 
 #: Ages saturate here: they fit 2 bytes, and by then bias correction is 1 in fp32 for b2 <= 0.999.
 MAX_AGE = 2**15 - 1
+
+#: So many entries are updated at once; their temporaries take up to 20 bytes each.
+BUNCH = 2**21
 
 #: The first and the second moment, as torch's own AdamW names them.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -52,13 +56,11 @@ class SpielOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.update(parameter, group)
+            self.update([p for p in group["params"] if p.grad is not None], group)
         return loss
 
-    def update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
-        """Changes one parameter by its gradient."""
+    def update(self, parameters: Sequence[torch.Tensor], group: dict[str, Any]) -> None:
+        """Changes the parameters by their gradients."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,22 +123,32 @@ class SpielAdamW(SpielOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(model_or_params, defaults)
 
-    def update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
-        assert parameter.grad is not None
+    def update(self, parameters: Sequence[torch.Tensor], group: dict[str, Any]) -> None:
+        for some in _bunches(parameters):
+            self._update_together(some, group)
+
+    def _update_together(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+        """Each line is one call for all of `parameters`, which are of one device."""
         beta1, beta2 = group["betas"]
-        state = self._state_of(parameter)
-        gradient = parameter.grad.float()
-        m = fetch(state, "exp_avg", self.state_dtype).lerp_(gradient, 1 - beta1)
-        v = fetch(state, "exp_avg_sq", self.state_dtype).mul_(beta2)
-        v.addcmul_(gradient, gradient, value=1 - beta2)
-        step = v.sqrt().add_(group["eps"]).reciprocal_().mul_(m)
-        step.mul_(_bias_correction(state["age"], beta1, beta2, step.device))
-        parameter.sub_(step.mul_(group["lr"]))
+        states = [self._state_of(parameter) for parameter in parameters]
+        gradients = [p.grad.float() for p in parameters if p.grad is not None]
+        m = [fetch(state, "exp_avg", self.state_dtype) for state in states]
+        v = [fetch(state, "exp_avg_sq", self.state_dtype) for state in states]
+        torch._foreach_lerp_(m, gradients, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, gradients, gradients, 1 - beta2)
+        step = torch._foreach_sqrt(v)
+        torch._foreach_add_(step, group["eps"])
+        torch._foreach_reciprocal_(step)
+        torch._foreach_mul_(step, m)
+        _correct_bias(step, [state["age"] for state in states], beta1, beta2)
+        torch._foreach_add_(parameters, step, alpha=-group["lr"])
         if group["weight_decay"]:
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        store(state, "exp_avg", m, self.state_dtype)
-        store(state, "exp_avg_sq", v, self.state_dtype)
-        state["age"].clamp_(max=MAX_AGE - 1).add_(1)
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        for state, own_m, own_v in zip(states, m, v, strict=True):
+            store(state, "exp_avg", own_m, self.state_dtype)
+            store(state, "exp_avg_sq", own_v, self.state_dtype)
+            state["age"].clamp_(max=MAX_AGE - 1).add_(1)
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
         state = self.state[parameter]
@@ -198,16 +210,39 @@ def move_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, change
         optimizer.state[parameter][name] = change.move(value)
 
 
+def _bunches(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Parameters of one device and dtype, of which several have no more than BUNCH entries."""
+    bunches: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    sizes: Counter[tuple[torch.device, torch.dtype]] = Counter()
+    for parameter in parameters:
+        kind = parameter.device, parameter.dtype
+        if sizes[kind] and sizes[kind] + parameter.numel() > BUNCH:
+            yield bunches.pop(kind)
+            sizes[kind] = 0
+        bunches.setdefault(kind, []).append(parameter)
+        sizes[kind] += parameter.numel()
+    yield from bunches.values()
+
+
 @cache
 def _table(beta1: float, beta2: float, device: torch.device) -> torch.Tensor:
+    """sqrt(1 - b2^age) / (1 - b1^age) for each age, in fp32."""
     ages = torch.arange(MAX_AGE + 1, dtype=torch.float64, device="cpu")
     return ((1 - beta2**ages).sqrt() / (1 - beta1**ages)).float().to(device)
 
 
-def _bias_correction(
-    age: torch.Tensor, beta1: float, beta2: float, device: torch.device
-) -> torch.Tensor:
-    """sqrt(1 - b2^age) / (1 - b1^age) for each age, in fp32, looked up."""
-    if age.dim() == 0:  # on the CPU: no transfer for a number
-        return _table(beta1, beta2, torch.device("cpu"))[int(age)].to(device)
-    return _table(beta1, beta2, device)[age.int()]
+def _correct_bias(
+    steps: Sequence[torch.Tensor], ages: Sequence[torch.Tensor], beta1: float, beta2: float
+) -> None:
+    """Multiplies each step by what its age asks: one for the whole tensor, or for each entry."""
+    whole = [i for i, age in enumerate(ages) if age.dim() == 0]
+    if whole:  # these ages are on the CPU: no transfer for a number
+        table = _table(beta1, beta2, torch.device("cpu"))
+        factors = [float(table[int(ages[i])]) for i in whole]
+        torch._foreach_mul_([steps[i] for i in whole], factors)
+    single = [i for i, age in enumerate(ages) if age.dim() > 0]
+    if single:
+        table = _table(beta1, beta2, steps[0].device)
+        factor = table[torch.cat([ages[i] for i in single]).int()]
+        own = factor.split([len(ages[i]) for i in single])
+        torch._foreach_mul_([steps[i] for i in single], own)

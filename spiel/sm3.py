@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,11 @@ class SpielSM3(SpielOptimizer):
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__(model_or_params, defaults)
 
-    def update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+    def update(self, parameters: Sequence[torch.Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            self._update_one(parameter, group)
+
+    def _update_one(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
         gradient = parameter.grad.float()
         state = self.state[parameter]

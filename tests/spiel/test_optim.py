@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import spiel
+from spiel import optim
 from spiel.optim import MAX_AGE
 from spiel.reselection import Exchange
 
@@ -68,6 +69,38 @@ def test_ages_saturate_and_do_not_overflow():
     for _ in range(3):
         optimizer.step()
     assert optimizer.state[parameter]["age"].item() == MAX_AGE
+
+
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+def test_updating_many_together_is_updating_each_alone(state_dtype, monkeypatch):
+    monkeypatch.setattr(optim, "BUNCH", 100)  # some bunches of several, one of a single large one
+    torch.manual_seed(0)
+
+    def parameters():
+        sizes = [30, 300, 0, 60, 7, 41]
+        dtypes = [torch.float32, torch.float32, torch.float32, torch.bfloat16] + 2 * [torch.float32]
+        return [
+            torch.nn.Parameter(torch.zeros(n, dtype=dtype))
+            for n, dtype in zip(sizes, dtypes, strict=True)
+        ]
+
+    together, alone = parameters(), parameters()
+    options = {"lr": 0.01, "weight_decay": 0.1, "state_dtype": state_dtype}
+    one = spiel.SpielAdamW(together, **options)
+    each = [spiel.SpielAdamW([parameter], **options) for parameter in alone]
+    for step in range(4):
+        for own, other in zip(together, alone, strict=True):
+            own.grad = torch.randn_like(own)
+            other.grad = own.grad.clone()
+            if step == 1 and len(own) in (30, 7):  # of these the ages differ from here on
+                ages = torch.arange(1, len(own) + 1, dtype=torch.int16)
+                one.state[own]["age"] = ages
+                each[[id(p) for p in together].index(id(own))].state[other]["age"] = ages.clone()
+        one.step()
+        for optimizer in each:
+            optimizer.step()
+    for own, other in zip(together, alone, strict=True):
+        assert torch.equal(own, other)
 
 
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES)
