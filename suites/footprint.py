@@ -6,6 +6,8 @@ Other forms of the same are the command's own flags: `--quantize 4bit`, `--gradi
 
 from __future__ import annotations
 
+import dataclasses
+
 from suites.instruction import LLAMA_PROJECTIONS
 from suites.methods import METHODS
 from suites.sources import RANDOM_TOKENS
@@ -21,7 +23,7 @@ VARIANTS = {
 
 
 def footprint_suites() -> tuple[Suite, ...]:
-    """One suite a shape in bfloat16, sequences of 2048; `footprint_tiny` is small enough for CPU.
+    """One suite a shape in bfloat16, sequences of 2048; `small` and `tiny` are for CPUs, in fp32.
 
     Forty steps: two reselections of SpIEL, with a growth window before the second.
     """
@@ -29,8 +31,17 @@ def footprint_suites() -> tuple[Suite, ...]:
         _suite(suffix, shape, ModelSource(shape, shape_only=True), 2048, 64, "a cell takes hours")
         for suffix, shape in VARIANTS.items()
     ]
+    small = _suite("_small", "small", ModelSource("small", "float32", shape_only=True), 256, 8, "")
     tiny = _suite("_tiny", "tiny", ModelSource("tiny", "float32", shape_only=True), 128, 8, "")
-    return (*real, tiny)
+    return (*real, _batched(small, 4), tiny)
+
+
+def _batched(suite: Suite, batch_size: int) -> Suite:
+    """The suite with `batch_size` sequences a step."""
+    recipe = dataclasses.replace(suite.recipe, batch_size=batch_size)
+    num_examples = suite.recipe.num_steps * batch_size
+    data = dataclasses.replace(suite.data, num_examples=num_examples)
+    return dataclasses.replace(suite, recipe=recipe, data=data)
 
 
 def _suite(

@@ -1,6 +1,6 @@
 """The shapes of models, for suites that need no weights of theirs: values, no download.
 
-From the `config.json` of meta-llama's repositories of the same names. `tiny` is ours.
+From the `config.json` of meta-llama's repositories of the same names. `small` and `tiny` are ours.
 """
 
 from __future__ import annotations
@@ -64,6 +64,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "head_dim": 64,
+    },
+    "small": {
+        **_LLAMA_2,
+        "vocab_size": 1000,
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
     },
     "tiny": {
         **_LLAMA_2,
