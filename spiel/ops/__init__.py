@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from spiel.ops import blocked, reference, sampled
-from spiel.ops.sampled import forget_operands as forget_operands
+from spiel.ops.transposed import forget_operands as forget_operands
 
 SampledGradient = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
