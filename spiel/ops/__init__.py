@@ -17,10 +17,21 @@ from spiel.ops.transposed import forget_operands as forget_operands
 
 SampledGradient = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
+
+def _on_triton(
+    left_TR: torch.Tensor, right_TC: torch.Tensor, indices: torch.Tensor
+) -> torch.Tensor:
+    """`spiel.ops.triton_kernels.sampled_gradient`, imported only where it is wanted."""
+    from spiel.ops import triton_kernels
+
+    return triton_kernels.sampled_gradient(left_TR, right_TC, indices)
+
+
 BACKENDS: dict[str, SampledGradient] = {
     "reference": reference.sampled_gradient,
     "sampled": sampled.sampled_gradient,
     "blocked": blocked.sampled_gradient,
+    "triton": _on_triton,
 }
 
 #: Above this density one dense product is cheaper on a CPU than a dot product for each entry.
