@@ -6,6 +6,12 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
+
+# Without a GPU our kernels run in Triton's interpreter, which must be chosen before anything
+# imports triton (torch alone does not).
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from suites.embedded import World, build
 

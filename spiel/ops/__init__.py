@@ -12,15 +12,26 @@ from contextlib import contextmanager
 
 import torch
 
-from spiel.ops import blocked, reference, sampled
-from spiel.ops.sampled import forget_operands as forget_operands
+from spiel.ops import blocked, crossover, reference, sampled
+from spiel.ops.transposed import forget_operands as forget_operands
 
 SampledGradient = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _on_triton(
+    left_TR: torch.Tensor, right_TC: torch.Tensor, indices: torch.Tensor
+) -> torch.Tensor:
+    """`spiel.ops.triton_kernels.sampled_gradient`, imported only where it is wanted."""
+    from spiel.ops import triton_kernels
+
+    return triton_kernels.sampled_gradient(left_TR, right_TC, indices)
+
 
 BACKENDS: dict[str, SampledGradient] = {
     "reference": reference.sampled_gradient,
     "sampled": sampled.sampled_gradient,
     "blocked": blocked.sampled_gradient,
+    "triton": _on_triton,
 }
 
 #: Above this density one dense product is cheaper on a CPU than a dot product for each entry.
@@ -34,10 +45,17 @@ backend_calls: Counter[str] = Counter()
 _forced: str | None = None
 
 
-def choose_backend(device: torch.device, k: int, numel: int) -> str:
-    """The name of the backend for a weight of `numel` entries of which `k` are wanted."""
+def choose_backend(
+    device: torch.device, k: int, numel: int, dtype: torch.dtype = torch.float32
+) -> str:
+    """The name of the backend for a weight of `numel` entries of which `k` are wanted.
+
+    `dtype` is that of the operands, which matters on a GPU: see `spiel.ops.crossover`.
+    """
     if _forced is not None:
         return _forced
+    if device.type == "cuda":
+        return crossover.faster_backend(device, dtype, k / numel)
     if device.type != "cpu" or numel < CPU_SAMPLED_MIN_NUMEL:
         return "blocked"
     return "sampled" if k <= CPU_SAMPLED_MAX_DENSITY * numel else "blocked"
@@ -53,7 +71,7 @@ def sampled_gradient(
     if len(indices) == 0:
         return torch.zeros(0, dtype=torch.float32, device=left_TR.device)
     numel = left_TR.shape[1] * right_TC.shape[1]
-    name = choose_backend(left_TR.device, len(indices), numel)
+    name = choose_backend(left_TR.device, len(indices), numel, left_TR.dtype)
     backend_calls[name] += 1
     return BACKENDS[name](left_TR, right_TC, indices)
 

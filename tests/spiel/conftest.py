@@ -132,3 +132,15 @@ def assert_live():
             assert torch.equal(base_weights(model)[f"{name}.weight"], expected), name
 
     return check
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Uninitialised floats are NaN, so that what a kernel leaves out is seen."""
+    empty = torch.empty
+
+    def nan(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", nan)
