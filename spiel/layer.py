@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -23,9 +23,27 @@ from spiel.support import check_loaded, check_support, index_dtype, random_suppo
 from spiel.tap import Tap
 from spiel.targets import weight_shape
 
-#: Called in backward with left [tokens, rows] and right [tokens, cols], of which left.T @ right is
-#: the weight's gradient, and with its entries [k] at the support.
-Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+class Observer(Protocol):
+    """Who watches a weight's gradient; `spiel.window.GradientWindow` is one."""
+
+    @property
+    def candidates(self) -> torch.Tensor | None:
+        """A support whose entries of the gradient it wants too."""
+        ...
+
+    def observe(
+        self,
+        left_TR: torch.Tensor,
+        right_TC: torch.Tensor,
+        active_gradient: torch.Tensor,
+        candidate_gradient: torch.Tensor | None,
+    ) -> None:
+        """Called in backward. left.T @ right is the weight's gradient; with it come its entries at
+        the support and at `candidates`, each [k].
+        """
+        ...
+
 
 #: The layer of every delta Parameter seen so far, for optimisers that need the weight's geometry.
 #: Beside the Parameters, not on them: a Parameter with a layer attached could not be pickled.
@@ -198,10 +216,16 @@ class SpielLinear(nn.Module, BaseTunerLayer):
             left, right = right, left
         # An autocast around the caller's backward would turn fp32 sums into bf16 ones.
         with torch.autocast(x.device.type, enabled=False):
-            gradient = ops.sampled_gradient(left, right, self.spiel_indices[adapter])
-            if adapter in self.observers:
-                self.observers[adapter](left, right, gradient)
-        return gradient.to(self.spiel_deltas[adapter].dtype)
+            observer = self.observers.get(adapter)
+            candidates = None if observer is None else observer.candidates
+            supports = [self.spiel_indices[adapter]]
+            if candidates is not None:
+                supports.append(candidates)
+            gradients = ops.sampled_gradients(left, right, supports)
+            if observer is not None:
+                of_candidates = None if candidates is None else gradients[1]
+                observer.observe(left, right, gradients[0], of_candidates)
+        return gradients[0].to(self.spiel_deltas[adapter].dtype)
 
     # -- merging ----------------------------------------------------------------------------
 

@@ -193,7 +193,7 @@ class Reselector:
         for name, layer in self.layers.items():
             window = GradientWindow(sizes[name], is_probe=name == probe)
             self.windows[name] = window
-            layer.observers[self.adapter] = window.observe
+            layer.observers[self.adapter] = window
 
     def _close_windows(self) -> None:
         for layer in self.layers.values():

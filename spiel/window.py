@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from spiel import ops
 from spiel.distributed import average_
 from spiel.ops.blocked import largest_gradients
 
@@ -43,18 +42,23 @@ class GradientWindow:
         self.squares: torch.Tensor | None = None  # [k]
 
     def observe(
-        self, left_TR: torch.Tensor, right_TC: torch.Tensor, active_gradient: torch.Tensor
+        self,
+        left_TR: torch.Tensor,
+        right_TC: torch.Tensor,
+        active_gradient: torch.Tensor,
+        candidate_gradient: torch.Tensor | None,
     ) -> None:
-        """Takes in one micro-batch, whose dL/dW is left.T @ right."""
+        """Takes in one micro-batch, whose dL/dW is left.T @ right, with its entries [k] at the
+        support and, once they are chosen, at the candidates.
+        """
         if self.is_probe:
             self.active_gradient = _plus(self.active_gradient, active_gradient)
-        if self.candidates is None:
+        if candidate_gradient is None:
             self.candidates, self.step_gradient = largest_gradients(
                 left_TR, right_TC, self.num_candidates, average_
             )
         else:
-            gradient = ops.sampled_gradient(left_TR, right_TC, self.candidates)
-            self.step_gradient = _plus(self.step_gradient, gradient)
+            self.step_gradient = _plus(self.step_gradient, candidate_gradient)
 
     def measure_scale(self, gradient: torch.Tensor) -> float:
         """What became of the gradient between backward and the optimizer: `gradient` [k] of the

@@ -7,37 +7,48 @@ The choice is a rule that can be read here, can be overruled (`use_backend`), an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 
 from spiel.ops import blocked, crossover, reference, sampled
 from spiel.ops.transposed import forget_operands as forget_operands
 
-SampledGradient = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+#: Of left [tokens, rows], right [tokens, cols] and supports, each [k]: for each support [k] values.
+SampledGradients = Callable[
+    [torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], list[torch.Tensor]
+]
 
 
-def _on_triton(
-    left_TR: torch.Tensor, right_TC: torch.Tensor, indices: torch.Tensor
-) -> torch.Tensor:
-    """`spiel.ops.triton_kernels.sampled_gradient`, imported only where it is wanted."""
-    from spiel.ops import triton_kernels
+def _deferred(module: str) -> SampledGradients:
+    """The backend in `spiel.ops.<module>`, imported when it is first wanted."""
 
-    return triton_kernels.sampled_gradient(left_TR, right_TC, indices)
+    def run(
+        left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        backend: SampledGradients = import_module(f"spiel.ops.{module}").sampled_gradients
+        return backend(left_TR, right_TC, supports)
+
+    return run
 
 
-BACKENDS: dict[str, SampledGradient] = {
-    "reference": reference.sampled_gradient,
-    "sampled": sampled.sampled_gradient,
-    "blocked": blocked.sampled_gradient,
-    "triton": _on_triton,
+BACKENDS: dict[str, SampledGradients] = {
+    "reference": reference.sampled_gradients,
+    "sampled": sampled.sampled_gradients,
+    "blocked": blocked.sampled_gradients,
+    "compiled": _deferred("compiled"),
+    "triton": _deferred("triton_kernels"),
 }
 
-#: Above this density one dense product is cheaper on a CPU than a dot product for each entry.
-CPU_SAMPLED_MAX_DENSITY = 0.06
+#: Up to which density a dot product for each entry is cheaper on a CPU than one dense product.
+#: Measured: `make bench`, tests/benchmarks/test_ops.py.
+CPU_MAX_DENSITY = {"compiled": 0.15, "sampled": 0.06}
 #: Below this many entries a weight is so small that a call's fixed cost decides.
-CPU_SAMPLED_MIN_NUMEL = 2**16
+CPU_MIN_NUMEL = 2**16
 
 #: How often each backend ran in this process.
 backend_calls: Counter[str] = Counter()
@@ -56,24 +67,39 @@ def choose_backend(
         return _forced
     if device.type == "cuda":
         return crossover.faster_backend(device, dtype, k / numel)
-    if device.type != "cpu" or numel < CPU_SAMPLED_MIN_NUMEL:
+    if device.type != "cpu" or numel < CPU_MIN_NUMEL:
         return "blocked"
-    return "sampled" if k <= CPU_SAMPLED_MAX_DENSITY * numel else "blocked"
+    name = "compiled" if has_numba() else "sampled"
+    return name if k <= CPU_MAX_DENSITY[name] * numel else "blocked"
+
+
+@cache
+def has_numba() -> bool:
+    """Whether numba is installed; answers without importing it."""
+    return find_spec("numba") is not None
+
+
+def sampled_gradients(
+    left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """For each of several supports [k] of one weight those entries of left.T @ right, in fp32.
+
+    `left_TR` [tokens, rows] and `right_TC` [tokens, cols] may be of any float dtype and layout.
+    """
+    k = sum(len(support) for support in supports)
+    if k == 0:
+        return [torch.zeros(0, device=left_TR.device) for _ in supports]
+    numel = left_TR.shape[1] * right_TC.shape[1]
+    name = choose_backend(left_TR.device, k, numel, left_TR.dtype)
+    backend_calls[name] += 1
+    return BACKENDS[name](left_TR, right_TC, supports)
 
 
 def sampled_gradient(
     left_TR: torch.Tensor, right_TC: torch.Tensor, indices: torch.Tensor
 ) -> torch.Tensor:
-    """The entries `indices` [k] of left.T @ right, in fp32.
-
-    `left_TR` [tokens, rows] and `right_TC` [tokens, cols] may be of any float dtype and layout.
-    """
-    if len(indices) == 0:
-        return torch.zeros(0, dtype=torch.float32, device=left_TR.device)
-    numel = left_TR.shape[1] * right_TC.shape[1]
-    name = choose_backend(left_TR.device, len(indices), numel, left_TR.dtype)
-    backend_calls[name] += 1
-    return BACKENDS[name](left_TR, right_TC, indices)
+    """The entries of one support [k], as `sampled_gradients` has them."""
+    return sampled_gradients(left_TR, right_TC, [indices])[0]
 
 
 @contextmanager

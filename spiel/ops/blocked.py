@@ -4,9 +4,10 @@ never exists. See `spiel.ops.reference` for what each op computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from spiel.support import index_dtype
 
@@ -45,20 +46,21 @@ def _operands(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, to
     return left, right
 
 
-def sampled_gradient(
-    left_TR: torch.Tensor, right_TC: torch.Tensor, indices: torch.Tensor
-) -> torch.Tensor:
-    """The entries `indices` [k] of left.T @ right, in fp32."""
+def sampled_gradients(
+    left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """For each support [k] those entries of left.T @ right, in fp32."""
     left_TR, right_TC = _operands(left_TR, right_TC)
     rows, cols = left_TR.shape[1], right_TC.shape[1]
-    values = torch.empty(len(indices), dtype=torch.float32, device=left_TR.device)
+    values = [torch.empty(len(indices), device=left_TR.device) for indices in supports]
     blocks = list(row_blocks(rows, cols))
-    bounds = _cuts(indices, [start * cols for start, _ in blocks])
-    for (start, stop), lo, hi in zip(blocks, bounds, [*bounds[1:], len(indices)], strict=True):
-        if lo == hi:
-            continue
+    edges = [start * cols for start, _ in blocks]
+    cuts = [[*_kept_cuts(indices, edges), len(indices)] for indices in supports]
+    for number, (start, stop) in enumerate(blocks):
         block = _product(left_TR[:, start:stop], right_TC).reshape(-1)
-        torch.index_select(block, 0, indices[lo:hi] - start * cols, out=values[lo:hi])
+        for indices, cut, own in zip(supports, cuts, values, strict=True):
+            here = slice(cut[number], cut[number + 1])
+            torch.index_select(block, 0, indices[here] - start * cols, out=own[here])
     return values
 
 
@@ -99,6 +101,19 @@ def largest_products(
 
     indices, values = _largest(block, torch.Tensor.detach, len(row), cols, k, row.device)
     return indices[values >= 0]
+
+
+#: Support -> its version, and where it was cut at which bounds.
+_CUTS = WeakIdKeyDictionary()
+
+
+def _kept_cuts(indices: torch.Tensor, bounds: list[int]) -> list[int]:
+    """`_cuts` of a support that is asked for again: on a GPU each answer waits for all its work."""
+    version, known_bounds, cuts = _CUTS.get(indices, (None, None, []))
+    if version != indices._version or known_bounds != bounds:
+        cuts = _cuts(indices, bounds)
+        _CUTS[indices] = indices._version, bounds, cuts
+    return cuts
 
 
 def _cuts(indices: torch.Tensor, bounds: list[int]) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numba
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 
 #: Tokens of a slab: multiples of a vector register's width.
 MAX_SLAB, MIN_SLAB = 128, 16
-#: What the two transposed slabs of a thread may take: half of the level 2 cache of most cores.
-SLAB_BYTES = 2**18
+#: What the two transposed slabs of a thread may take, of the last level of cache.
+SLAB_BYTES = 2**22
 
 #: Sums may be reordered and fused; unlike full "fast math" this keeps NaN and infinity.
 _REORDERED = {"reassoc", "contract", "nsz"}
@@ -119,18 +120,18 @@ def sampled_gradients(
     left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """For each support [k] those entries of left.T @ right, in fp32."""
-    sizes = [len(support) for support in supports]
-    num_threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    bounds = np.cumsum([0, *(len(support) for support in supports)])
+    num_threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     numba.set_num_threads(num_threads)
     sums = _products(
-        left_TR.detach().float().numpy(),
-        right_TC.detach().float().numpy(),
+        left_TR.detach().float().contiguous().numpy(),
+        right_TC.detach().float().contiguous().numpy(),
         torch.cat(list(supports)).numpy(),
-        np.cumsum([0, *sizes]),
+        bounds,
         _workspace(num_threads, left_TR.shape[1] + right_TC.shape[1]),
     )
-    total = sums[0] if num_threads == 1 else sums.sum(0)
-    return list(torch.from_numpy(total).split(sizes))
+    # Each support's in memory of its own: the gradient of the deltas outlives the candidates'.
+    return [torch.from_numpy(sums[:, lo:hi].sum(0)) for lo, hi in pairwise(bounds)]
 
 
 class _Kept(threading.local):

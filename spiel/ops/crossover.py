@@ -22,7 +22,9 @@ from spiel.ops import blocked
 from spiel.ops.timing import cuda_seconds
 from spiel.ops.transposed import forget_operands
 
-SampledGradient = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+SampledGradients = Callable[
+    [torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], list[torch.Tensor]
+]
 #: Seconds that a call takes.
 Timer = Callable[[Callable[[], object]], float]
 
@@ -75,7 +77,7 @@ def machine_key(device: torch.device, dtype: torch.dtype) -> str:
 def _measured_and_saved(device: torch.device, dtype: torch.dtype, key: str) -> float:
     try:
         with torch.cuda.device(device):
-            density = measure(_sampled_and_copies, blocked.sampled_gradient, cuda_seconds, dtype)
+            density = measure(_sampled_and_copies, blocked.sampled_gradients, cuda_seconds, dtype)
     except Exception as error:  # no compiler, no memory: there are many, and one way to go on
         warnings.warn(
             f"SpIEL's sampled kernel could not be measured on {key}, so that this process forms "
@@ -88,22 +90,22 @@ def _measured_and_saved(device: torch.device, dtype: torch.dtype, key: str) -> f
 
 
 def _sampled_and_copies(
-    left_TR: torch.Tensor, right_TC: torch.Tensor, indices: torch.Tensor
-) -> torch.Tensor:
+    left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
     """The sampled kernel with the copies it needs, which some modules share: an upper bound."""
     from spiel.ops import triton_kernels
 
     forget_operands()
     try:
-        return triton_kernels.sampled_gradient(left_TR, right_TC, indices)
+        return triton_kernels.sampled_gradients(left_TR, right_TC, supports)
     finally:
         forget_operands()
 
 
 @torch.no_grad()
 def measure(
-    sampled: SampledGradient,
-    dense: SampledGradient,
+    sampled: SampledGradients,
+    dense: SampledGradients,
     timer: Timer,
     dtype: torch.dtype,
     shape: tuple[int, int, int] = STANDARD_SHAPE,
@@ -120,7 +122,7 @@ def measure(
     seconds = []
     for density in DENSITIES:
         indices = _scattered(max(1, round(density * rows * cols)), rows * cols, generator)
-        seconds.append([timer(partial(op, left, right, indices)) for op in (sampled, dense)])
+        seconds.append([timer(partial(op, left, right, [indices])) for op in (sampled, dense)])
     return crossing(DENSITIES, *zip(*seconds, strict=True))
 
 

@@ -6,15 +6,17 @@ A linear layer with weight [rows, cols] has the gradient dW = left.T @ right, wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
-def sampled_gradient(
-    left_TR: torch.Tensor, right_TC: torch.Tensor, indices: torch.Tensor
-) -> torch.Tensor:
-    """The entries `indices` [k] of left.T @ right, in fp32."""
+def sampled_gradients(
+    left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """For each support [k] those entries of left.T @ right, in fp32."""
     dense_RC = left_TR.float().t() @ right_TC.float()
-    return dense_RC.reshape(-1)[indices.long()]
+    return [dense_RC.reshape(-1)[indices.long()] for indices in supports]
 
 
 def largest_gradients(

@@ -1,10 +1,10 @@
 """Only the wanted entries of a weight, by kernels of our own: their gradient, and their writing.
 
-See `spiel.ops.reference` for what `sampled_gradient` computes. Needs triton, and CUDA tensors or
+See `spiel.ops.reference` for what `sampled_gradients` computes. Needs triton, and CUDA tensors or
 triton's interpreter (TRITON_INTERPRET=1 before triton is imported), which takes CPU tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -130,10 +130,10 @@ if not INTERPRETED:
     )(_sampled_kernel)
 
 
-def sampled_gradient(
-    left_TR: torch.Tensor, right_TC: torch.Tensor, indices: torch.Tensor
-) -> torch.Tensor:
-    """The entries `indices` [k] of left.T @ right, in fp32.
+def sampled_gradients(
+    left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """For each support [k] those entries of left.T @ right, in fp32.
 
     Sums are fp32, without atomics. Their order depends on which block sizes were fastest in this
     process, unless `torch.use_deterministic_algorithms` is on: then these are fixed.
@@ -141,21 +141,27 @@ def sampled_gradient(
     Raises:
         RuntimeError: tensors are not on one GPU, and this is not triton's interpreter.
     """
-    check_devices(left_TR, right_TC, indices)
-    k = len(indices)
-    if k == 0 or len(left_TR) == 0:
-        return torch.zeros(k, dtype=torch.float32, device=left_TR.device)
+    _check_devices(left_TR, right_TC, *supports)
+    if len(left_TR) == 0:
+        return [torch.zeros(len(indices), device=left_TR.device) for indices in supports]
     left_RT = last_left(left_TR, left_TR.dtype, padded_transpose)
     right_CT = last_right(right_TC, right_TC.dtype, padded_transpose)
-    values = torch.empty(k, dtype=torch.float32, device=left_TR.device)
-    tokens = left_RT.shape[1]
+    return [_products(left_RT, right_CT, indices.contiguous()) for indices in supports]
+
+
+def _products(left_RT: torch.Tensor, right_CT: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The entries `indices` [k] of left @ right.T, in fp32."""
+    k, tokens = len(indices), left_RT.shape[1]
+    values = torch.empty(k, dtype=torch.float32, device=left_RT.device)
+    if k == 0:
+        return values
     sizes = (k, len(right_CT), tokens, triton.next_power_of_2(tokens))
     is_fixed = INTERPRETED or torch.are_deterministic_algorithms_enabled()
     kernel = _sampled_kernel if is_fixed else _tuned_sampled_kernel
     blocks = _FIXED_BLOCKS if is_fixed else {}
     with torch.cuda.device_of(values):
         kernel[lambda meta: (triton.cdiv(k, meta["BLOCK_E"]),)](
-            left_RT, right_CT, indices.contiguous(), values, *sizes, **blocks
+            left_RT, right_CT, indices, values, *sizes, **blocks
         )
     return values
 
@@ -204,7 +210,7 @@ def _add(
     deltas: torch.Tensor,
     in_place: bool,
 ) -> None:
-    check_devices(weight, indices, originals, deltas)
+    _check_devices(weight, indices, originals, deltas)
     k = len(indices)
     if k == 0:
         return
@@ -218,7 +224,7 @@ def _add(
         )
 
 
-def check_devices(*tensors: torch.Tensor) -> None:
+def _check_devices(*tensors: torch.Tensor) -> None:
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1 or not (INTERPRETED or tensors[0].is_cuda):
         found = ", ".join(sorted(map(str, devices)))

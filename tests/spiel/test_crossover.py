@@ -40,13 +40,15 @@ class Clock:
     def __init__(self):
         self.num_entries = []
 
-    def sampled(self, left, right, indices):
+    def sampled(self, left, right, supports):
+        (indices,) = supports
         assert torch.equal(indices, indices.unique())
         self.num_entries.append(len(indices))
         return 10.0 * len(indices)
 
-    def dense(self, left, right, indices):
-        assert reference.sampled_gradient(left, right, indices).shape == indices.shape
+    def dense(self, left, right, supports):
+        (values,) = reference.sampled_gradients(left, right, supports)
+        assert values.shape == supports[0].shape
         return 300.0
 
     def __call__(self, run):

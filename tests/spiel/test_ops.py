@@ -54,7 +54,7 @@ def test_non_contiguous_operands_and_crowded_or_empty_rows(backend):
     left, right = operands(50, 12, 20)
     left, right = left.t().contiguous().t(), torch.cat([right, right], 1)[:, ::2]
     indices = torch.cat([torch.arange(40, 60), torch.tensor([239])]).int()  # row 2 and the last
-    expected = reference.sampled_gradient(left, right, indices)
+    expected = reference.sampled_gradients(left, right, [indices])[0]
     with ops.use_backend(backend):
         assert_close_rms(ops.sampled_gradient(left, right, indices), expected, 1e-5)
 
@@ -125,17 +125,19 @@ def test_no_block_is_larger_than_the_workspace():
 def test_an_unknown_backend_is_refused():
     with (
         pytest.raises(
-            ValueError, match="'cuda', must be one of blocked, reference, sampled, triton"
+            ValueError, match="'cuda', must be one of blocked, compiled, reference, sampled, triton"
         ),
         ops.use_backend("cuda"),
     ):
         pass
 
 
-def test_the_rule_takes_the_sampled_product_where_it_is_faster():
+@pytest.mark.parametrize(("has_numba", "sparse"), [(True, "compiled"), (False, "sampled")])
+def test_the_rule_takes_single_entries_where_they_are_faster(has_numba, sparse, monkeypatch):
+    monkeypatch.setattr(ops, "has_numba", lambda: has_numba)
     cpu = torch.device("cpu")
-    assert ops.choose_backend(cpu, 1000, 512 * 512) == "sampled"
-    assert ops.choose_backend(cpu, 512 * 100, 512 * 512) == "blocked"
+    assert ops.choose_backend(cpu, 1000, 512 * 512) == sparse
+    assert ops.choose_backend(cpu, 512 * 200, 512 * 512) == "blocked"
     assert ops.choose_backend(cpu, 10, 32 * 32) == "blocked"
 
 
@@ -145,6 +147,6 @@ def test_operands_that_change_or_move_are_transposed_anew():
     with ops.use_backend("sampled"):
         for changed in (right, right.mul_(2), right[:, torch.randperm(9)], right[1:][:, :9]):
             values = ops.sampled_gradient(left[: len(changed)], changed, indices)
-            expected = reference.sampled_gradient(left[: len(changed)], changed, indices)
+            expected = reference.sampled_gradients(left[: len(changed)], changed, [indices])[0]
             assert_close_rms(values, expected, 1e-5)
     ops.forget_operands()

@@ -71,7 +71,7 @@ def test_products_of_any_dtypes_are_summed_in_fp32(left_dtype, right_dtype):
 def test_agrees_with_the_reference():
     left, right = operands(100, 24, 36)
     indices = random_support(200, 24 * 36, DEVICE)
-    expected = reference.sampled_gradient(left, right, indices)
+    expected = reference.sampled_gradients(left, right, [indices])[0]
     torch.testing.assert_close(on_triton(left, right, indices), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -97,7 +97,7 @@ def test_nothing_wanted_or_no_tokens():
     left, right = operands(8, 4, 5)
     none = torch.empty(0, dtype=torch.int32, device=DEVICE)
     assert on_triton(left, right, none).shape == (0,)
-    assert triton_kernels.sampled_gradient(left, right, none).shape == (0,)
+    assert triton_kernels.sampled_gradients(left, right, [none])[0].shape == (0,)
     some = torch.tensor([0, 7], device=DEVICE)
     assert on_triton(left[:0], right[:0], some).tolist() == [0.0, 0.0]
 
@@ -183,7 +183,7 @@ def test_tensors_that_kernels_cannot_reach_are_refused(monkeypatch):
     left, right = (operand.cpu() for operand in operands(4, 3, 3))
     weight = torch.zeros(3, 3)
     with pytest.raises(RuntimeError, match="takes tensors on one CUDA device, got some on cpu"):
-        triton_kernels.sampled_gradient(left, right, torch.tensor([1]))
+        triton_kernels.sampled_gradients(left, right, [torch.tensor([1])])[0]
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         triton_kernels.add_entries(weight, torch.tensor([1]), torch.ones(1))
 
@@ -191,7 +191,7 @@ def test_tensors_that_kernels_cannot_reach_are_refused(monkeypatch):
 def test_tensors_on_several_devices_are_refused():
     left, right = operands(4, 3, 3)
     with pytest.raises(RuntimeError, match=r"on one CUDA device, got some on .*, meta"):
-        triton_kernels.sampled_gradient(left, right, torch.tensor([1], device="meta"))
+        triton_kernels.sampled_gradients(left, right, [torch.tensor([1], device="meta")])[0]
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
