@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from spiel import ops
+
 #: Adapter -> deltas [k].
 Deltas = Mapping[str, torch.Tensor] | nn.ParameterDict
 
@@ -64,6 +66,10 @@ class LiveEntries:
 
     def write(self, deltas: Deltas) -> None:
         """Brings the weight up to date with the adapters' deltas [k]."""
+        if len(self.supports) == 1:
+            (own,) = (deltas[name].detach() for name in self.supports)
+            if ops.write_entries(self.weight.detach(), self._places, self._originals, own):
+                return
         _write(self.weight, self._places, self.entries(deltas))
 
     def put_back(self) -> None:

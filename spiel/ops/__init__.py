@@ -102,6 +102,25 @@ def sampled_gradient(
     return sampled_gradients(left_TR, right_TC, [indices])[0]
 
 
+def write_entries(
+    weight: torch.Tensor, indices: torch.Tensor, originals: torch.Tensor, deltas: torch.Tensor
+) -> bool:
+    """weight[indices] = round(originals + deltas) in one pass, if there is a kernel for these.
+
+    `weight` is [rows, cols], the others [k]. Returns whether it was done: what torch's own
+    operations give is the same to the bit, so nobody need know which of them ran.
+    """
+    tensors = (weight, originals, deltas)
+    if weight.is_cuda and crossover.kernels_run(weight.device):
+        import_module("spiel.ops.triton_kernels").write_entries(weight, indices, originals, deltas)
+        return True
+    is_fp32 = all(tensor.dtype == torch.float32 for tensor in tensors)
+    if weight.device.type == "cpu" and is_fp32 and weight.is_contiguous() and has_numba():
+        import_module("spiel.ops.compiled").write_entries(weight, indices, originals, deltas)
+        return True
+    return False
+
+
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Within the context, runs every op by the backend `name` (None: back to the rule).

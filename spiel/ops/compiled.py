@@ -1,8 +1,8 @@
-"""Only the wanted entries of a weight's gradient, on a CPU, by a kernel that numba compiles.
+"""Only the wanted entries of a weight, on a CPU, by kernels that numba compiles.
 
-Both operands are transposed a slab of tokens at a time into buffers that stay in the cache, where
-every entry is a dot product; no transposed copy of an operand ever exists. Each thread takes tokens
-of its own. See `spiel.ops.reference` for what is computed.
+For the gradient both operands are transposed a slab of tokens at a time into buffers that stay in
+the cache, where every entry is a dot product; no transposed copy of an operand ever exists. Each
+thread takes tokens of its own. See `spiel.ops.reference` for what is computed.
 """
 
 from __future__ import annotations
@@ -121,17 +121,36 @@ def sampled_gradients(
 ) -> list[torch.Tensor]:
     """For each support [k] those entries of left.T @ right, in fp32."""
     bounds = np.cumsum([0, *(len(support) for support in supports)])
+    indices = supports[0] if len(supports) == 1 else torch.cat(list(supports))
     num_threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     numba.set_num_threads(num_threads)
     sums = _products(
         left_TR.detach().float().contiguous().numpy(),
         right_TC.detach().float().contiguous().numpy(),
-        torch.cat(list(supports)).numpy(),
+        indices.contiguous().numpy(),
         bounds,
         _workspace(num_threads, left_TR.shape[1] + right_TC.shape[1]),
     )
     # Each support's in memory of its own: the gradient of the deltas outlives the candidates'.
     return [torch.from_numpy(sums[:, lo:hi].sum(0)) for lo, hi in pairwise(bounds)]
+
+
+@numba.njit(nogil=True, cache=True)
+def _write_sums(weight, indices, originals, deltas):  # type: ignore[no-untyped-def]
+    for e in range(len(indices)):
+        weight[indices[e]] = originals[e] + deltas[e]
+
+
+def write_entries(
+    weight: torch.Tensor, indices: torch.Tensor, originals: torch.Tensor, deltas: torch.Tensor
+) -> None:
+    """weight[indices] = originals + deltas, all [k] and fp32, in one pass.
+
+    Args:
+        weight: [rows, cols], fp32, contiguous, on a CPU. Autograd does not see it change.
+    """
+    tensors = (weight.view(-1), indices, originals, deltas)
+    _write_sums(*(tensor.detach().numpy() for tensor in tensors))
 
 
 class _Kept(threading.local):

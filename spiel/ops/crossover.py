@@ -36,11 +36,12 @@ UNMEASURED_DENSITY = 0.008
 
 #: What this process knows: key of a machine and dtype -> density.
 _known: dict[str, float] = {}
+_runs: dict[torch.device, bool] = {}
 
 
 def faster_backend(device: torch.device, dtype: torch.dtype, density: float) -> str:
     """The backend for a weight of this density on a GPU, for operands of `dtype`."""
-    if not has_triton():
+    if not kernels_run(device):
         return "blocked"
     return "triton" if density <= crossover_density(device, dtype) else "blocked"
 
@@ -49,6 +50,32 @@ def faster_backend(device: torch.device, dtype: torch.dtype, density: float) -> 
 def has_triton() -> bool:
     """Whether triton is installed; answers without importing it."""
     return find_spec("triton") is not None
+
+
+def kernels_run(device: torch.device) -> bool:
+    """Whether Triton's kernels can be compiled and run on this GPU; tried once, on four entries."""
+    if device not in _runs:
+        if torch.cuda.is_current_stream_capturing():
+            return False  # a graph would record the try
+        _runs[device] = has_triton() and _try_kernels(device)
+    return _runs[device]
+
+
+def _try_kernels(device: torch.device) -> bool:
+    try:
+        from spiel.ops import triton_kernels
+
+        weight, indices = torch.zeros(2, 3, device=device), torch.arange(4, device=device).int()
+        values = torch.ones(4, device=device)
+        triton_kernels.write_entries(weight, indices, values, values)
+        return weight.flatten().tolist() == [2, 2, 2, 2, 0, 0]
+    except Exception as error:  # no compiler, a GPU too old: there are many, and one way to go on
+        warnings.warn(
+            "SpIEL's Triton kernels do not run here, so torch's own operations are used: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        return False
 
 
 def crossover_density(device: torch.device, dtype: torch.dtype) -> float:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -85,7 +87,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(crossover, "_known", {})
     monkeypatch.setattr(crossover, "machine_key", lambda device, dtype: KEY)
     monkeypatch.setattr(crossover, "measure", fake_measure)
-    monkeypatch.setattr(crossover, "has_triton", lambda: True)
+    monkeypatch.setattr(crossover, "kernels_run", lambda device: True)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: Gpu.is_capturing)
     return Gpu
@@ -161,7 +163,7 @@ def test_what_cannot_be_measured_is_said_once_and_not_kept(gpu, monkeypatch):
 
 
 def test_without_triton_the_dense_product_runs(gpu, monkeypatch):
-    monkeypatch.setattr(crossover, "has_triton", lambda: False)
+    monkeypatch.setattr(crossover, "kernels_run", lambda device: False)
     assert choose(0.0001) == "blocked"
     assert gpu.measured == 0
 
@@ -176,3 +178,38 @@ def test_a_gpu_is_measured(monkeypatch, tmp_path):
     assert torch.equal(torch.cuda.get_rng_state(), before)
     (key,) = json.loads(crossover.cache_file().read_text())
     assert torch.cuda.get_device_name(CUDA) in key
+
+
+class TriedKernels:
+    """What `spiel.ops.triton_kernels` may turn out to be on a machine."""
+
+    def __init__(self, action):
+        self.write_entries, self.num_calls = self.count(action), 0
+
+    def count(self, action):
+        def write_entries(weight, indices, originals, deltas):
+            self.num_calls += 1
+            action(weight, indices, originals + deltas)
+
+        return write_entries
+
+
+def fail(*_):
+    raise RuntimeError("no C compiler")
+
+
+@pytest.mark.parametrize(
+    ("action", "runs"),
+    [(lambda w, i, v: w.view(-1).put_(i.long(), v), True), (lambda *_: None, False), (fail, False)],
+)
+def test_kernels_are_tried_once_and_used_only_where_they_run(action, runs, monkeypatch):
+    tried = TriedKernels(action)
+    monkeypatch.setitem(sys.modules, "spiel.ops.triton_kernels", tried)
+    monkeypatch.setattr(ops, "triton_kernels", tried, raising=False)
+    monkeypatch.setattr(crossover, "_runs", {})
+    monkeypatch.setattr(crossover, "has_triton", lambda: True)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert [crossover.kernels_run(torch.device("cpu")) for _ in range(2)] == [runs, runs]
+    assert tried.num_calls == 1
+    assert ["no C compiler" in str(each.message) for each in said] == [True] * (action is fail)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from spiel import ops
+from spiel.live import LiveEntries
 from spiel.ops import blocked, reference
 from spiel.support import random_support
 
@@ -150,3 +151,22 @@ def test_operands_that_change_or_move_are_transposed_anew():
             expected = reference.sampled_gradients(left[: len(changed)], changed, [indices])[0]
             assert_close_rms(values, expected, 1e-5)
     ops.forget_operands()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_contiguous", [True, False])
+@pytest.mark.parametrize("has_numba", [True, False])
+def test_entries_are_written_to_the_same_bits_by_a_kernel_or_without(
+    dtype, is_contiguous, has_numba, monkeypatch
+):
+    monkeypatch.setattr(ops, "has_numba", lambda: has_numba)
+    torch.manual_seed(0)
+    weight = torch.randn(30, 20, dtype=dtype)
+    weight = weight if is_contiguous else weight.t()
+    indices, deltas = random_support(50, 600), torch.randn(50)
+    expected = weight.clone().reshape(-1)
+    expected[indices.long()] = (expected[indices.long()].float() + deltas).to(dtype)
+    LiveEntries(weight, {"own": indices}).write({"own": deltas})
+    assert torch.equal(weight.reshape(-1), expected)
+    by_kernel = ops.write_entries(weight, indices, deltas, deltas)
+    assert by_kernel == (has_numba and is_contiguous and dtype == torch.float32)
