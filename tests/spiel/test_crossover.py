@@ -207,6 +207,7 @@ def test_kernels_are_tried_once_and_used_only_where_they_run(action, runs, monke
     monkeypatch.setitem(sys.modules, "spiel.ops.triton_kernels", tried)
     monkeypatch.setattr(ops, "triton_kernels", tried, raising=False)
     monkeypatch.setattr(crossover, "_runs", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(crossover, "has_triton", lambda: True)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
