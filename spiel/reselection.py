@@ -77,7 +77,7 @@ class Exchange:
 
 def drop(deltas: torch.Tensor, n: int) -> torch.Tensor:
     """Slots of the `n` deltas of smallest magnitude, smallest first; the first of equals."""
-    return deltas.detach().abs().sort(stable=True).indices[:n]
+    return _least(deltas.detach().abs(), n)
 
 
 def grow_by_gradients(
@@ -94,8 +94,20 @@ def grow_by_gradients(
     staying = torch.ones(len(indices), dtype=torch.bool, device=indices.device)
     staying[dropped] = False
     free = contains(indices[staying], candidates).logical_not_().nonzero().squeeze(1)
-    order = gradient_sums[free].abs().sort(descending=True, stable=True).indices
-    return free[order[: len(dropped)]]
+    return free[_least(-gradient_sums[free].abs(), len(dropped))]
+
+
+def _least(keys: torch.Tensor, n: int) -> torch.Tensor:
+    """Places of the `n` smallest keys, smallest first; the first of equals. All if there are less.
+
+    Sorts only those that can be among them.
+    """
+    if n >= len(keys):
+        return keys.sort(stable=True).indices
+    if n == 0:
+        return torch.empty(0, dtype=torch.int64, device=keys.device)
+    near = (keys <= keys.kthvalue(n).values).nonzero().squeeze(1)
+    return near[keys[near].sort(stable=True).indices[:n]]
 
 
 def exchange(indices: torch.Tensor, dropped: torch.Tensor, entering: torch.Tensor) -> Exchange:
