@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
@@ -19,18 +20,49 @@ TOLERANCE = 0.01
 WITHOUT_VALUES = {"SHIRA": {"mask_fn": None}}
 
 
-def count_trainable(model: nn.Module, config: PeftConfig) -> int:
+class Counter:
+    """`count_trainable` for many configs of one method on one model, in a fraction of the time.
+
+    Once a count has shown that all is in the decoder layers and that each of them has as much, the
+    next counts are made on one layer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+        self.are_alike: bool | None = None
+
+    def __call__(self, config: PeftConfig) -> int:
+        if self.are_alike:
+            return self.num_layers * count_trainable(self.model, config, num_layers=1)
+        whole = count_trainable(self.model, config)
+        if self.are_alike is None:
+            self.are_alike = self._foretells(whole, config)
+        return whole
+
+    def _foretells(self, whole: int, config: PeftConfig) -> bool:
+        try:
+            return whole == self.num_layers * count_trainable(self.model, config, num_layers=1)
+        except Exception:  # of any class: an architecture that cannot have one layer
+            return False
+
+
+def count_trainable(model: nn.Module, config: PeftConfig, num_layers: int | None = None) -> int:
     """Weights that peft would train on `model`, a transformers model, which stays as it is.
 
     Quantised or not, its architecture is built anew on the meta device, so this takes no memory
-    and well under a second for seven billion weights. Raises what peft raises for `config`.
+    and well under a second for seven billion weights. With `num_layers` it has so many decoder
+    layers instead of its own. Raises what peft raises for `config`.
     """
     config = copy.deepcopy(config)
     for name, value in WITHOUT_VALUES.get(config.peft_type.value, {}).items():
         setattr(config, name, value)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        hollow = type(model)(copy.deepcopy(model.config))
+        shape = copy.deepcopy(model.config)
+        if num_layers is not None:
+            shape.get_text_config().num_hidden_layers = num_layers
+        hollow = type(model)(shape)
         adapted = get_peft_model(hollow, config)
     return sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
 
@@ -49,7 +81,8 @@ def solve(count: Callable[[int], int], asked: int, largest: int, refusal: str) -
         except ValueError:
             return float("inf")
 
-    falls = tally(1) > tally(largest)
+    # Not from 1 on: that is slow to count where it means very many bases.
+    falls = tally(math.isqrt(largest)) > tally(largest)
     knobs = range(largest, 0, -1) if falls else range(1, largest + 1)
     place = bisect_right(knobs, asked, key=tally)  # of the first that is too large
     most = max((tally(knob) for knob in knobs[max(0, place - 1) : place + 1]), key=_if_finite)
