@@ -95,7 +95,7 @@ def _row(
     row = {
         "method": own[0].method,
         "done": f"{len(own) - num_left}/{len(own)}",
-        "time": "unknown" if each is None else clock(each),
+        "time": clock(each),
     }
     if isinstance(found, str):
         return {**row, **dict.fromkeys(("weights", "budget", *PARTS, "sum"), "-")}

@@ -1,9 +1,11 @@
 """From records to the table: what it says, what it refuses, and that it fits a terminal."""
 
 import dataclasses
+import io
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from suites import catalog, record, report, search, table
 from suites.catalog import SUITES
@@ -111,6 +113,14 @@ def test_the_legend_names_the_metrics_of_the_records():
         "f1 (tydiqa_goldp); retention: byte likelihood. ±"
     )
     assert legend(scored(cell())).startswith("±: half")
+
+
+def test_no_number_is_cut_where_the_terminal_is_narrow():
+    console = Console(width=40, file=io.StringIO())
+    console.print(
+        table.drawn("t", pd.DataFrame([{"method": "a", "n": "1,234,567†", "m": "x" * 30}]))
+    )
+    assert "…" not in console.file.getvalue()
 
 
 def write_all(records, cells, out):
