@@ -30,6 +30,9 @@ TIMEOUT_SECONDS = 2.0
 #: Endings of files with weights: a cached model without any was never loaded whole.
 WEIGHTS = (".safetensors", ".bin")
 
+#: What stands above the lines of `missing_from_hub`.
+MISSING = "what has to come from the hub cannot:"
+
 #: How a message names the flag that takes a local path instead.
 MODEL_INSTEAD = "--model takes a local model folder"
 DATA_INSTEAD = "--data takes a local file or folder"
