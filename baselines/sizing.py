@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
@@ -16,8 +15,9 @@ from torch import nn
 #: How far from a budget a size may be and still count as meeting it.
 TOLERANCE = 0.01
 
-#: What stands in for options that need the values of weights, by peft's name of the method.
-WITHOUT_VALUES = {"SHIRA": {"mask_fn": None}}
+#: What stands in for options that need the values of weights, or that make frozen ones one by one
+#: (thousands of bases), by peft's name of the method.
+WITHOUT_VALUES = {"SHIRA": {"mask_fn": None}, "RANDLORA": {"sparse": True}}
 
 
 class Counter:
@@ -81,8 +81,7 @@ def solve(count: Callable[[int], int], asked: int, largest: int, refusal: str) -
         except ValueError:
             return float("inf")
 
-    # Not from 1 on: that is slow to count where it means very many bases.
-    falls = tally(math.isqrt(largest)) > tally(largest)
+    falls = tally(1) > tally(largest)
     knobs = range(largest, 0, -1) if falls else range(1, largest + 1)
     place = bisect_right(knobs, asked, key=tally)  # of the first that is too large
     most = max((tally(knob) for knob in knobs[max(0, place - 1) : place + 1]), key=_if_finite)
