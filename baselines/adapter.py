@@ -57,12 +57,11 @@ class Adapter:
         return {self.knob: size} | {name: size * each for name, each in self.per_knob.items()}
 
     def _solve(self, model: torch.nn.Module, budget: Any) -> int:
-        asked = budget.num_weights(model)
+        asked, counter = budget.num_weights(model), sizing.Counter(model)
 
         def count(size: int) -> int:
             sized = {**self.config, **self._sized(size)}
-            config = make_config(self.peft_type, sized, budget.target_modules)
-            return sizing.count_trainable(model, config)
+            return counter(make_config(self.peft_type, sized, budget.target_modules))
 
         refusal = f"{self.name} cannot have {asked} weights (budget {budget.label})"
         return sizing.solve(count, asked, self._largest(model, budget, asked), refusal)

@@ -90,7 +90,11 @@ class Budget:
         shapes = self.target_shapes(model).values()
         if not shapes:
             wanted = ", ".join(self.target_modules)
-            raise ValueError(f"the model has none of the targeted modules: {wanted}")
+            has = ", ".join(_linears(model)) or "no linears"
+            raise ValueError(
+                f"the model has none of the targeted modules: {wanted}; it has {has}, which a "
+                "suite file can name as its budget's target_modules"
+            )
         return sum(sum(shape) for shape in shapes)
 
     def target_shapes(self, model: Any) -> dict[str, tuple[int, int]]:
@@ -102,3 +106,14 @@ class Budget:
             for name, module in model.named_modules()
             if name.split(".")[-1] in self.target_modules and hasattr(module, "weight")
         }
+
+
+def _linears(model: Any) -> list[str]:
+    """The last parts of the names of the modules that a budget could target."""
+    names = {
+        name.split(".")[-1]: None
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        and not hasattr(module, "num_embeddings")
+    }
+    return [name for name in names if name != "lm_head"]

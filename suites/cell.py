@@ -201,7 +201,8 @@ def _evaluate(work: Work, contestant: Contestant, materials: Materials) -> None:
             suite.task_folder,
             suite.eval_batch_size,
             suite.limit,
-            allow_code_execution=suite.allow_code_execution,
+            suite.allow_code_execution,
+            lambda name: work.report(Report(f"evaluate {name}")),
         )
     work.parts["scores"] = {task.name: task_score(task, scores[task.name]) for task in tasks}
 

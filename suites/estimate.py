@@ -19,6 +19,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ import torch
 
 from suites import models, record
 from suites.distributed import share
+from suites.embedded import World
 from suites.plan import Cell, Execution
 from suites.provenance import Environment
 from suites.record import DamagedRecordError, Record
+from suites.sources import ModelSource
 from suites.suite import WORLD, Suite
 
 #: Bytes of a weight in NF4 with double quantisation.
@@ -73,13 +76,18 @@ def estimate(cell: Cell, way: Execution) -> Estimate:
 
 def meta_model(suite: Suite) -> Any:
     """The suite's model on the meta device, in its dtype; of an embedded world, unbuilt or not."""
-    dtype = getattr(torch, suite.model.dtype)
-    if suite.world is None or not suite.model.path.startswith(WORLD):
-        return models.empty_model(models.config_of(suite.model), dtype)
+    return _meta_model(suite.model, suite.world if suite.model.path.startswith(WORLD) else None)
+
+
+@lru_cache(maxsize=1)  # methods leave it as it is
+def _meta_model(source: ModelSource, world: World | None) -> Any:
+    dtype = getattr(torch, source.dtype)
+    if world is None:
+        return models.empty_model(models.config_of(source), dtype)
     from suites import embedded_base, embedded_facts
 
-    tokenizer = embedded_base.make_tokenizer(embedded_facts.vocabulary(suite.world))
-    return models.empty_model(embedded_base._config(suite.world, tokenizer), dtype)
+    tokenizer = embedded_base.make_tokenizer(embedded_facts.vocabulary(world))
+    return models.empty_model(embedded_base._config(world, tokenizer), dtype)
 
 
 def _held_bytes(model: torch.nn.Module, quantize: str | None) -> float:

@@ -8,7 +8,7 @@ import logging
 import os
 import random
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -51,21 +51,22 @@ def evaluate(
     task_folder: str | None,
     batch_size: int,
     limit: int | None = None,
-    show_progress: bool = False,
     allow_code_execution: bool = False,
+    begin: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Score]:
     """Runs lm-eval's `tasks` on `model` (a transformers or peft model) as it stands.
 
     Tasks, groups and tags are found by `suites.questions`. `limit` asks only the first so many
-    items of each subtask. The model's training mode and the random generators are left as they
-    were. Raises ValueError for a task or a metric that there is not, for data that cannot be
-    had, and for a task that runs code unless that is allowed.
+    items of each subtask; `begin` hears of each task before it is asked. The model's training
+    mode and the random generators are left as they were. Raises ValueError for a task or a metric
+    that there is not, for data that cannot be had, and for a task that runs code unless that is
+    allowed.
     """
     if not tasks:
         return {}
     if tokenizer is None:
         raise ValueError("a mere shape has no tokenizer, so it cannot be asked any task")
-    with _quiet(show_progress), _same_random_state(), _same_mode(model):
+    with _quiet(), _same_random_state(), _same_mode(model):
         from lm_eval.models.huggingface import HFLM
 
         if any(questions.hub_data(task.name, task_folder) for task in tasks):
@@ -73,10 +74,11 @@ def evaluate(
         harness = HFLM(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size
         )
-        return {
-            task.name: _ask(harness, task, task_folder, limit, allow_code_execution)
-            for task in tasks
-        }
+        scores = {}
+        for task in tasks:
+            begin(task.name)
+            scores[task.name] = _ask(harness, task, task_folder, limit, allow_code_execution)
+        return scores
 
 
 def _ask(
@@ -153,14 +155,13 @@ def _code_execution(task: Task, allowed: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(show_progress: bool) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """lm-eval and datasets without their chatter, and without their progress bars on stderr."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
-    bars = contextlib.nullcontext() if show_progress else contextlib.redirect_stderr(io.StringIO())
     logger.setLevel(logging.ERROR)
     try:
-        with bars:
+        with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)

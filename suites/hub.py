@@ -30,6 +30,9 @@ TIMEOUT_SECONDS = 2.0
 #: Endings of files with weights: a cached model without any was never loaded whole.
 WEIGHTS = (".safetensors", ".bin")
 
+#: What stands above the lines of `missing_from_hub`.
+MISSING = "what has to come from the hub cannot:"
+
 #: How a message names the flag that takes a local path instead.
 MODEL_INSTEAD = "--model takes a local model folder"
 DATA_INSTEAD = "--data takes a local file or folder"
@@ -61,7 +64,8 @@ def missing_from_hub(suite: Suite) -> list[str]:
 
     Empty if nothing is missing. The hub is asked for all of them at once, for at most
     `TIMEOUT_SECONDS`; with HF_HUB_OFFLINE set, or the hub out of reach, only what the hub's cache
-    holds counts. Raises ValueError for a task that there is not.
+    holds counts. Raises ValueError for a task that there is not, and for a model or data that are
+    neither local nor of the hub.
     """
     wanted = [*_model(suite), *_data(suite), *_tasks(suite)]
     problems: dict[Wanted, str | None] = {}
@@ -89,18 +93,19 @@ def _model(suite: Suite) -> list[Wanted]:
     source = suite.model
     if suite.world is not None and source.path.startswith("{"):
         return []
-    if Path(source.path).is_dir() or (source.shape_only and source.path in SHAPES):
+    if (source.shape_only and source.path in SHAPES) or is_model_folder(source.path):
         return []
-    if not is_id(source.path):
-        raise ValueError(f"model path {source.path!r} is neither a folder nor a hub id")
     return [Wanted("model", source.path, "model", MODEL_INSTEAD)]
 
 
 def _data(suite: Suite) -> list[Wanted]:
+    from suites.rows import ALLOWED, LINES, TABLES
+
     path = suite.data.path
-    local = path == RANDOM_TOKENS or path.startswith("{") or Path(path).exists()
-    if local or not is_id(path):
+    if path == RANDOM_TOKENS or path.startswith("{") or Path(path).exists():
         return []
+    if not is_id(path) or path.endswith((*LINES, *TABLES)):
+        raise ValueError(f"data {path} is not there; needed: {ALLOWED}")
     return [Wanted("dataset", path, "data", DATA_INSTEAD)]
 
 
@@ -167,12 +172,8 @@ def whereabouts(path: str) -> dict[str, bool]:
     hub is out of reach, is {"local_files_only": True}. Raises ValueError if `path` is neither a
     folder, nor cached, nor a repository that the hub lets us read.
     """
-    if path and Path(path).is_dir():  # Path("") is the working directory
-        if not (Path(path) / "config.json").is_file():
-            raise ValueError(f"{path} is a folder without config.json, so it holds no model")
+    if is_model_folder(path):
         return {"local_files_only": True}
-    if not is_id(path):
-        raise ValueError(f"model path {path!r} is neither a folder nor a hub id, as owner/name")
     reason = _refusal("model", path)
     if reason is None:
         return {}
@@ -183,6 +184,17 @@ def whereabouts(path: str) -> dict[str, bool]:
         f"model {path} is not in the hub's cache, and {reason}; "
         "the path of a local model folder would do instead"
     )
+
+
+def is_model_folder(path: str) -> bool:
+    """Whether `path` is a local folder; ValueError if it holds no model, or is no hub id either."""
+    if path and Path(path).is_dir():  # Path("") is the working directory
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError(f"{path} is a folder without config.json, so it holds no model")
+        return True
+    if not is_id(path):
+        raise ValueError(f"model path {path!r} is neither a folder nor a hub id, as owner/name")
+    return False
 
 
 def stay_offline_if_unreachable() -> None:

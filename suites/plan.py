@@ -151,13 +151,13 @@ def plan_search(suite: Suite, methods: Sequence[str], seeds: Iterable[int]) -> l
 
 
 def _lacks(suite: Suite, what: str, method: str, table: Mapping[str, Any]) -> str:
-    there = ", ".join(table) or "none"
     hint = (
         "; --search picks one from its grid"
         if table is suite.tunings and method in suite.grids
         else ""
     )
-    return f"{suite.name} has no {what} for {method!r}, only for {there}{hint}"
+    others = f"only for {', '.join(table)}" if table else "nor for any other method"
+    return f"{suite.name} has no {what} for {method!r}, {others}{hint}"
 
 
 def choose(kind: str, name: str, table: Mapping[str, Any]) -> Any:

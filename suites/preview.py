@@ -14,6 +14,7 @@ import torch
 from suites import runner
 from suites.distributed import check_device, share
 from suites.estimate import Estimate, earlier_records, estimate, seconds
+from suites.hub import MISSING, missing_from_hub
 from suites.plan import Cell, Execution
 from suites.progress import clock
 from suites.provenance import Environment, environment
@@ -42,12 +43,14 @@ def present(cells: Sequence[Cell], out: Path, way: Execution) -> int:
     suite, recipe = cells[0].suite, cells[0].suite.recipe
     share(recipe.batch_size, recipe.gradient_accumulation_steps, way.num_processes)
     check_device(suite.device, way.num_processes)
+    missing = missing_from_hub(suite)
     done = runner.finished(cells, out)[0]
     records = earlier_records(out, _here(suite.device, way.num_processes))
     console = make_console()
     for cell in cells:
         say(console, f"{'done ' if cell in done else 'to do'} {cell.record_path(out)}")
-    rows, notes, left_seconds = [], [], []
+    rows, left_seconds = [], []
+    obstacles: dict[str, list[str]] = {}
     estimates = _estimates(cells, way)
     for name in estimates:
         own = [cell for cell in cells if cell.method == name]
@@ -56,13 +59,16 @@ def present(cells: Sequence[Cell], out: Path, way: Execution) -> int:
         left_seconds.append(None if num_left and each is None else num_left * (each or 0.0))
         found = estimates[name]
         if isinstance(found, str):
-            notes.append(f"{name}: {found}")
+            obstacles.setdefault(found, []).append(name)
         rows.append(_row(own, num_left, found, each))
     console.print(drawn(f"{suite.name}: plan", pd.DataFrame(rows)))
-    for note in dict.fromkeys([NOTE, *notes]):
+    notes = [f"{', '.join(names)}: {found}" for found, names in obstacles.items()]
+    for note in [NOTE, *notes]:
         say(console, note)
     whole = "unknown" if None in left_seconds else clock(sum(left_seconds))
     say(console, f"{len(cells) - len(done)} of {len(cells)} cells to do, time: {whole}")
+    for line in [MISSING, *missing] if missing else ():
+        say(console, line)
     return 0
 
 
@@ -95,7 +101,7 @@ def _row(
     row = {
         "method": own[0].method,
         "done": f"{len(own) - num_left}/{len(own)}",
-        "time": "unknown" if each is None else clock(each),
+        "time": clock(each),
     }
     if isinstance(found, str):
         return {**row, **dict.fromkeys(("weights", "budget", *PARTS, "sum"), "-")}

@@ -36,33 +36,47 @@ class Forecast:
     def __init__(self, cells: Sequence[Cell]) -> None:
         self.left = list(cells)
         self._seconds: dict[str, list[float]] = {}
+        #: From the last step of a cell to its end.
+        self._tails: list[float] = []
         self.start_cell()
 
     def start_cell(self) -> None:
         self._started = time.monotonic()
+        #: The first step heard of, which after a checkpoint is not 1, and the last; with times.
+        self._first = self._last = (0, self._started)
         self._projected: float | None = None
 
     def hear(self, report: Report) -> None:
-        if report.step and report.num_steps:
-            self._projected = self._elapsed() * report.num_steps / report.step
+        if not report.step or not report.num_steps:
+            return
+        self._last = (report.step, time.monotonic())
+        if self._first[0] == 0:
+            self._first = self._last
+        num_steps, seconds = (b - a for a, b in zip(self._first, self._last, strict=True))
+        if num_steps:  # so that the first step, and what came before, count once
+            to_do = report.num_steps - report.step
+            self._projected = self._elapsed() + to_do * seconds / num_steps
 
     def end_cell(self, cell: Cell) -> float:
         """Seconds that the cell took."""
         seconds = self._elapsed()
         self.left.remove(cell)
         self._seconds.setdefault(cell.method, []).append(seconds)
+        if self._last[0]:
+            self._tails.append(time.monotonic() - self._last[1])
         return seconds
 
     def seconds_left(self) -> float | None:
         """Seconds until the last cell ends, or None before anything is known."""
+        own = None if self._projected is None else self._projected + _mean(self._tails, 0.0)
         known = [seconds for each in self._seconds.values() for seconds in each]
-        if self._projected is not None:
-            known.append(self._projected)
+        if own is not None:
+            known.append(own)
         if not known:
             return None
         mean = sum(known) / len(known)
         cells = [_mean(self._seconds.get(cell.method), mean) for cell in self.left]
-        cells[0] = self._projected or cells[0]
+        cells[0] = own or cells[0]
         return sum(cells[1:]) + max(0.0, cells[0] - self._elapsed())
 
     def _elapsed(self) -> float:

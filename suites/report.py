@@ -110,7 +110,7 @@ def _quality(ok: Sequence[Record]) -> dict[str, Any]:
             "backend": ok[0].backend,
         }
     for role in ROLES:
-        row |= columns(role, accuracies(ok, role))
+        row |= columns(role, role_means(ok, role))
     return row
 
 
@@ -146,7 +146,7 @@ def _difference(own: TaskScore, base: TaskScore) -> np.ndarray:
     return np.subtract(own.per_item, base.per_item)
 
 
-def accuracies(records: Iterable[Record], role: str) -> list[float]:
+def role_means(records: Iterable[Record], role: str) -> list[float]:
     """Each record's mean over its tasks of `role`; records without such a task give none."""
     return [
         statistics.fmean(score.value for score in scores)

@@ -94,14 +94,14 @@ def _check_machine(suite: Suite, way: Execution) -> None:
 
 def _check_hub(suite: Suite) -> None:
     """Raises NotReadyError for what the suite needs from the hub and cannot have."""
-    from suites.hub import missing_from_hub
+    from suites.hub import MISSING, missing_from_hub
 
     try:
         missing = missing_from_hub(suite)
     except ValueError as error:
         raise NotReadyError(str(error)) from error
     if missing:
-        raise NotReadyError("\n".join(["what has to come from the hub cannot:", *missing]))
+        raise NotReadyError("\n".join([MISSING, *missing]))
 
 
 def _build_world(world: embedded.World, out: Path, chosen: BaseContext, view: Progress) -> Path:

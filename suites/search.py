@@ -12,7 +12,7 @@ import pandas as pd
 from suites import stats
 from suites.plan import Cell, records_folder, safe_name
 from suites.record import Record, write_whole
-from suites.report import ROLES, MixedRecordsError, accuracies, columns, require_comparable
+from suites.report import ROLES, MixedRecordsError, columns, require_comparable, role_means
 from suites.suite import Suite, Tuning
 from suites.table import drawn, load, make_console, say, spread
 
@@ -105,9 +105,9 @@ def curves(records: Sequence[Record]) -> pd.DataFrame:
         groups.setdefault(key, []).append(record)
     rows: list[dict[str, Any]] = [
         {"method": method, "lr": lr, "weight_decay": weight_decay, "num_seeds": len(own)}
-        | columns("target", accuracies(own, "target"))
-        | {"target_se": stats.estimate(accuracies(own, "target")).standard_error}
-        | columns("retention", accuracies(own, "retention"))
+        | columns("target", role_means(own, "target"))
+        | {"target_se": stats.estimate(role_means(own, "target")).standard_error}
+        | columns("retention", role_means(own, "retention"))
         for (method, lr, weight_decay), own in groups.items()
     ]
     return pd.DataFrame([row | verdict(row, rows) for row in rows])

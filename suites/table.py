@@ -162,9 +162,9 @@ def spread(row: dict, name: str, style: str, scale: float = 1) -> str:
 def footnotes(frame: pd.DataFrame, records: Sequence[Record]) -> list[str]:
     """What must be known to read the table, and what went wrong."""
     notes = [
-        "target, retention: accuracy. ±: half the 95 % interval over seeds. MiB: peak of a phase, "
-        "beyond what the libraries hold; kept for the backward pass; state of the optimizer; files "
-        "to keep."
+        f"{metrics(records)}±: half the 95 % interval over seeds. MiB: peak of a phase, beyond "
+        "what the libraries hold; kept for the backward pass; state of the optimizer; files to "
+        "keep."
     ]
     asked = {record.size.num_asked for record in records if record.size and record.size.num_asked}
     budget = f"the budget of {asked.pop():,} weights" if asked else "a budget"
@@ -181,6 +181,31 @@ def footnotes(frame: pd.DataFrame, records: Sequence[Record]) -> list[str]:
     for row in frame.to_dict("records"):
         notes += [f"{row['method']}: {failure}" for failure in row["failures"]]
     return notes
+
+
+def metrics(records: Sequence[Record]) -> str:
+    """`target: accuracy; retention: byte likelihood. `; nothing where there are no scores.
+
+    Several metrics of a role are named with their tasks.
+    """
+    said: dict[str, list[str]] = {}
+    for role in report.ROLES:
+        tasks: dict[str, dict[str, None]] = {}  # by metric; as sets, but in order
+        for record in records:
+            for task, score in record.scores.items():
+                if score.role == role:
+                    tasks.setdefault(_metric(score.metric), {})[task] = None
+        named = [f"{metric} ({', '.join(names)})" for metric, names in tasks.items()]
+        text = f"mean of {', '.join(named)}" if len(named) > 1 else "".join(tasks)
+        said.setdefault(text, []).append(role)
+    phrases = [f"{', '.join(roles)}: {text}" for text, roles in said.items() if text]
+    return f"{'; '.join(phrases)}. " if phrases else ""
+
+
+def _metric(key: str) -> str:
+    """lm-eval's `acc,none` in words."""
+    name = key.partition(",")[0]
+    return "accuracy" if name == "acc" else name.replace("_", " ")
 
 
 def where(record: Record) -> str:
@@ -215,7 +240,9 @@ def write(
 def drawn(title: str, table: pd.DataFrame) -> Table:
     drawn = Table(title=title, title_justify="left")
     for index, name in enumerate(table.columns):
-        drawn.add_column(name, justify="left" if index == 0 else "right")
+        justify = "left" if index == 0 else "right"
+        # Where there is no room it goes on in the next line: a number that is cut is a wrong one.
+        drawn.add_column(name, justify=justify, overflow="fold")
     for row in table.itertuples(index=False):
         drawn.add_row(*row)
     return drawn

@@ -4,21 +4,11 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import TrainingArguments
+
+from tests.baselines.llama import make_llama
 
 README = Path(__file__).parents[1] / "README.md"
-
-
-def small_llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
-    return LlamaForCausalLM(config)
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
@@ -26,10 +16,10 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     first, loading, loop = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     tokens = [{"input_ids": row, "labels": row} for row in torch.randint(40, (32, 8))]
     arguments = TrainingArguments("run", max_steps=8, report_to=[], use_cpu=True, disable_tqdm=True)
-    names = {"base": small_llama(), "args": arguments, "data": tokens}
+    names = {"base": make_llama(), "args": arguments, "data": tokens}
     exec(first, names)
     trained = names["model"].eval()(names["data"][0]["input_ids"][None]).logits
-    names["base"] = small_llama()
+    names["base"] = make_llama()
     merged = eval(loading, names)
     again = merged.eval()(names["data"][0]["input_ids"][None]).logits
     torch.testing.assert_close(again, trained)

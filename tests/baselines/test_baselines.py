@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from baselines import sizing
 from baselines.adapter import Adapter, make_config
@@ -11,6 +11,7 @@ from baselines.full import Full
 from baselines.lora import Lora, solve_ranks
 from baselines.prefix import Prefix, initialize
 from baselines.supertuning import Supertuning, solve_sparsity
+from suites.methods import METHODS
 from suites.suite import Budget
 from tests.baselines.llama import BATCH, budget, logits, make_llama, train
 
@@ -116,6 +117,39 @@ def test_counting_leaves_the_model_as_it_is(model):
     config = make_config("MISS", {"r": 3}, TARGETS)
     assert sizing.count_trainable(model, config) == 2 * 3 * (32 + 32)
     assert dict(model.named_modules()) == before
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "options"),
+    [
+        ("RANDLORA", {}),
+        ("MISS", {}),
+        ("SHIRA", {}),
+        ("MISS", {"modules_to_save": ["lm_head"]}),  # outside of the layers
+        ("MISS", {"layers_to_transform": [1]}),  # not in all layers
+    ],
+)
+def test_a_counter_counts_as_on_the_whole_model(peft_type, options):
+    model = make_llama(num_hidden_layers=4)
+    counter = sizing.Counter(model)
+    for rank in (2, 3, 5, 16):
+        config = make_config(peft_type, {"r": rank, **options}, TARGETS)
+        assert counter(config) == sizing.count_trainable(model, config)
+    assert counter.are_alike is not bool(options)
+
+
+def test_a_size_is_solved_with_two_models_of_full_depth(monkeypatch):
+    depths, build = [], LlamaForCausalLM.__init__
+
+    def watched(model, config):
+        depths.append(config.num_hidden_layers)
+        build(model, config)
+
+    model = make_llama(num_hidden_layers=5)
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", watched)
+    assert METHODS["randlora"].load().size(model, budget()) > 0
+    assert depths.count(5) == 2  # to see that all layers are alike, and of the size it picked
+    assert len(depths) > 10
 
 
 @pytest.mark.parametrize(

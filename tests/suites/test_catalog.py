@@ -16,7 +16,7 @@ from suites.distributed import Rank
 from suites.embedded import build
 from suites.methods import METHODS
 from suites.overrides import override
-from suites.plan import Cell, Execution, plan
+from suites.plan import Cell, Execution, plan, plan_search
 from suites.record import Record
 from suites.suite import Suite, Tuning
 from tests.conftest import TINY
@@ -230,6 +230,18 @@ def test_every_suite_is_complete(suite):
     assert len({len(grid) for grid in suite.grids.values()}) <= 1
 
 
+@pytest.mark.parametrize("suite", [s for s in SUITES.values() if s.grids], ids=lambda s: s.name)
+def test_every_method_that_trains_can_be_searched(suite):
+    trained = [name for name, entry in METHODS.items() if entry.trains]
+    assert set(suite.grids) == set(trained)
+    for name in trained:
+        rates = [tuning.lr for tuning in suite.grids[name]]
+        assert len(set(rates)) == len(rates)
+    trials = plan_search(suite, trained, [0])
+    assert len(trials) == sum(len(grid) for grid in suite.grids.values())
+    assert len({trial.record_path(Path("out")) for trial in trials}) == len(trials)
+
+
 def test_flags_and_plans_mean_the_test_split_and_point_to_the_search():
     tasks = override(SUITES["mmlu_flan"], tasks="mmlu").tasks
     assert [(task.name, task.split) for task in tasks] == [
@@ -239,6 +251,10 @@ def test_flags_and_plans_mean_the_test_split_and_point_to_the_search():
     ]
     with pytest.raises(ValueError, match=r"no learning rate for 'dora'.*--search picks one"):
         plan(SUITES["mmlu_flan"], ["dora"], [0])
+    with pytest.raises(
+        ValueError, match=r"no learning rate for 'lora', nor for any.*--search picks"
+    ):
+        plan(SUITES["lab"], ["lora"], [0])
     with pytest.raises(ValueError, match="--task-folder: nowhere is no folder"):
         override(SUITES["mmlu_flan"], task_folder="nowhere")
 

@@ -58,6 +58,8 @@ def test_progress_is_reported(lora):
         "prepare",
         "train",
         "evaluate",
+        "evaluate world_target",
+        "evaluate world_retention",
     ]
     steps = [report for report in reports if report.step]
     assert [(report.step, report.num_steps) for report in steps] == [(1, 3), (2, 3), (3, 3)]

@@ -4,14 +4,18 @@ import dataclasses
 import re
 import socket
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from suites import hub
+from suites import hub, runner
 from suites.catalog import SUITES
 from suites.hub import missing_from_hub
+from suites.overrides import override
+from suites.plan import Execution, plan
+from suites.runner import NotReadyError
 from suites.sources import ModelSource
 from tests.suites import hub_files
 
@@ -49,6 +53,23 @@ def test_suites_without_the_hub_miss_nothing(offline, name):
     assert missing_from_hub(SUITES[name]) == []
 
 
+@pytest.mark.parametrize(
+    ("flag", "path", "message"),
+    [
+        ("data", "/nowhere/rows.jsonl", r"data /nowhere/rows.jsonl is not there; needed: a .jsonl"),
+        ("data", "rows.jsonl", r"data rows.jsonl is not there; needed: a .jsonl"),
+        ("model", "/nowhere/model", "'/nowhere/model' is neither a folder nor a hub id"),
+        ("model", "tests", "tests is a folder without config.json, so it holds no model"),
+    ],
+)
+def test_local_paths_that_are_not_there_stop_a_run_before_it_starts(offline, flag, path, message):
+    suite = override(SUITES["quickstart"], **{flag: path})
+    with pytest.raises(ValueError, match=message):
+        missing_from_hub(suite)
+    with pytest.raises(NotReadyError, match=message):
+        runner.run(plan(suite, ["base"], [0]), Path("unused"), Execution(), None)
+
+
 def test_everything_missing_is_named_with_what_would_do_instead(offline):
     lines = missing_from_hub(SUITES["mmlu_flan"])
     why = "HF_HUB_OFFLINE is set"
@@ -73,6 +94,7 @@ def test_local_paths_do_instead(offline, tmp_path):
     suite = SUITES["mmlu_flan"]
     data = hub_files.write_jsonl(tmp_path / "data.jsonl", hub_files.conversations())
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
     for name in ("cais/mmlu", "EleutherAI/wikitext_document_level"):
         (tmp_path / "tasks" / name).mkdir(parents=True)
     suite = dataclasses.replace(

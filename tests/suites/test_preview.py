@@ -98,3 +98,23 @@ def test_time_is_that_of_cells_alike():
     assert seconds(cell(suite=longer), [lora, other]) == pytest.approx(3 + 100 * 0.5)
     wider = small_suite(recipe=Recipe(num_steps=100, batch_size=8))
     assert seconds(cell(suite=wider), [lora]) is None
+
+
+def test_what_has_to_come_from_the_hub_is_said_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("suites.hub._refusal", lambda kind, path: "no network")
+    arguments = ["metamath", "--methods", "base,lora", "--plan", "--out", str(tmp_path)]
+    assert run.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("what has to come from the hub cannot:") == 1
+    model = [line for line in lines if "no network" in line and "Llama-3.2-3B" in line]
+    assert model[0].startswith("base, lora: ")
+    assert (
+        model[1] == "model meta-llama/Llama-3.2-3B: no network; --model takes a local model folder"
+    )
+
+
+def test_a_model_that_cannot_be_is_no_plan(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run.main(["mmlu_flan", "--model", str(tmp_path / "none"), "--plan"])
+    assert "is neither a folder nor a hub id" in capsys.readouterr().err

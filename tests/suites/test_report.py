@@ -1,11 +1,14 @@
 """From records to the table: what it says, what it refuses, and that it fits a terminal."""
 
 import dataclasses
+import io
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from suites import catalog, record, report, search, table
+from suites.catalog import SUITES
 from suites.record import Record
 from suites.suite import Tuning
 from tests.suites.arena import ENVIRONMENT, cell, finished
@@ -80,6 +83,44 @@ def test_marks_and_notes():
     assert "† not matched to the budget of 100 weights." in notes
     assert any("One seed has no interval" in note for note in notes)
     assert any("A CPU, 2 threads" in note and "0123456789ab" in note for note in notes)
+
+
+def scored(of, **tasks):
+    """A record with `tasks`: name -> (role, metric)."""
+    like = finished(of).scores["t"]
+    scores = {
+        name: dataclasses.replace(like, role=role, metric=metric)
+        for name, (role, metric) in tasks.items()
+    }
+    return finished(of, scores=scores)
+
+
+def legend(*records):
+    return table.footnotes(report.frame(records), records)[0]
+
+
+def test_the_legend_names_the_metrics_of_the_records():
+    suite_of = {
+        name: {t.name: (t.role, t.metric) for t in SUITES[name].tasks_of("test")} for name in SUITES
+    }
+    world = scored(cell(), **suite_of["quickstart"])
+    assert legend(world, failed("spiel", 0)).startswith("target, retention: accuracy. ±: half")
+    mmlu = scored(cell(), **suite_of["mmlu_flan"])
+    assert legend(mmlu).startswith("target: accuracy; retention: byte likelihood. ±")
+    paper = scored(cell(), **suite_of["flan_v2"])
+    assert legend(paper).startswith(
+        "target: mean of accuracy (mmlu), exact match (gsm8k_cot, bbh_cot_fewshot), "
+        "f1 (tydiqa_goldp); retention: byte likelihood. ±"
+    )
+    assert legend(scored(cell())).startswith("±: half")
+
+
+def test_no_number_is_cut_where_the_terminal_is_narrow():
+    console = Console(width=40, file=io.StringIO())
+    console.print(
+        table.drawn("t", pd.DataFrame([{"method": "a", "n": "1,234,567†", "m": "x" * 30}]))
+    )
+    assert "…" not in console.file.getvalue()
 
 
 def write_all(records, cells, out):

@@ -1,9 +1,12 @@
-"""A cell that was killed goes on from its checkpoint and ends as one that never was."""
+"""A cell that was killed or stopped goes on from its checkpoint and ends as if it never was."""
 
 import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from multiprocessing import forkserver
 
 import psutil
@@ -13,7 +16,8 @@ from suites import record, runner
 from suites.checkpoint import HISTORY, Checkpoints
 from suites.embedded import default_cache_dir
 from suites.methods import METHODS
-from suites.plan import Execution
+from suites.overrides import override
+from suites.plan import Execution, plan
 from suites.progress import LineProgress
 from suites.record import PhaseCost
 from suites.suite import Recipe
@@ -85,6 +89,44 @@ def test_killed_and_resumed_is_as_never_interrupted(method, tmp_path):
     assert resumed.training.first_step_flops > 0
     assert resumed.started_at <= killed.ended_at
     assert resumed.phases["train"].seconds > sum(resumed.training.step_seconds)
+    assert not (out / "checkpoints").exists()
+
+
+def start(out, cache, *more):
+    """The command on one cell, in a session of its own, as a terminal has it."""
+    arguments = ["small", "--methods", "spiel", "--seeds", "0", "--steps", "200", *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.suites.arena", *arguments, "--out", str(out)],
+        env={**os.environ, "SPIEL_CACHE": str(cache)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell that starts tests in the background has them ignore Ctrl-C, and so their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def test_ctrl_c_and_resumed_is_as_never_interrupted(tmp_path, world_cache):
+    of = plan(override(small_suite(), steps=200), ["spiel"], [0])[0]
+    out = tmp_path / "broken"
+    first = start(out, world_cache, "--save-minutes", "0.0001")  # at every step
+    while not list(of.checkpoints(out).glob(f"checkpoint-*/{HISTORY}")):
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGINT)  # a terminal sends it to all processes of the command
+    _, told = first.communicate(timeout=30)
+    assert (first.returncode, "the same command continues" in told) == (130, True)
+    stopped = record.read(of.record_path(out))
+    assert (stopped.status, stopped.reason) == ("interrupted", "stopped by the user")
+
+    second = start(out, world_cache)
+    _, told = second.communicate(timeout=120)
+    assert second.returncode == 0, told
+    resumed = record.read(of.record_path(out))
+    (step,) = resumed.training.resumed_at
+    assert 0 < step < 200
+    assert results(resumed) == results(run(of, tmp_path / "unbroken", Execution(save_seconds=None)))
     assert not (out / "checkpoints").exists()
 
 

@@ -98,7 +98,7 @@ def test_ctrl_c_stops_the_child_and_leaves_the_rest_to_a_second_start(tmp_path, 
             break
     family = psutil.Process(long.pid).children(recursive=True)
     long.send_signal(signal.SIGINT)
-    assert long.wait(timeout=15) == 130
+    assert long.wait(timeout=30) == 130
     assert "the same command continues" in long.stderr.read()
     assert still_running(family) == []
     folder = tmp_path / "records" / "small-steps100000" / "world"
