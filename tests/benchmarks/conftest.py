@@ -7,6 +7,7 @@ alike, and ratios mean something where seconds do not.
 import os
 import statistics
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,41 +18,56 @@ from suites.methods import entry_of
 from suites.suite import Budget
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-#: All targeted projections have 468,480 weights in LoRA of rank 8.
-BUDGET = Budget(lora_rank=8, target_modules=TARGETS)
-BATCH, SEQUENCE, VOCABULARY = 4, 256, 1000
+VOCABULARY = 1000
 WARM_UP = 3
+MANY_STEPS = 10_000
 
 
-def small_llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-    )
-    return LlamaForCausalLM(config).train()
+@dataclass(frozen=True)
+class Setting:
+    """A model's shape, its batch, and the contestants' size: here the issue's, changed to taste."""
+
+    #: LoRA of rank 8 has 468,480 weights on all targeted projections.
+    budget: str = "r8"
+    width: int = 512
+    num_layers: int = 6
+    batch_size: int = 4
+    sequence: int = 256
+
+    def model(self):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=self.width,
+            intermediate_size=self.width * 43 // 16,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.width // 64,
+        )
+        return LlamaForCausalLM(config).train()
+
+    def inputs(self):
+        torch.manual_seed(0)
+        tokens = torch.randint(VOCABULARY, (self.batch_size, self.sequence))
+        return {"input_ids": tokens, "labels": tokens}
 
 
 class Runner:
     """A model, and how it takes a step on random tokens."""
 
-    def __init__(self, name):
-        torch.manual_seed(0)
-        tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE))
-        self.inputs = {"input_ids": tokens, "labels": tokens}
+    def __init__(self, name, setting):
+        self.inputs = setting.inputs()
         self.optimizer, self.reselector = None, None
         if name == "frozen":  # the floor: forward, and backward to the inputs alone
-            self.model = small_llama().requires_grad_(False)
+            self.model = setting.model().requires_grad_(False)
             self.model.enable_input_require_grads()
             return
-        contestant = entry_of(name).load().prepare(small_llama(), BUDGET, total_steps=10_000)
+        budget = Budget.parse(setting.budget, TARGETS)
+        method = entry_of(name).load()
+        contestant = method.prepare(setting.model(), budget, total_steps=MANY_STEPS)
         self.model = contestant.model.train()
         self.optimizer = contestant.optimizer(lr=1e-4, weight_decay=0.0)
         if name.startswith("spiel"):
-            self.reselector = spiel.Reselector(self.model, self.optimizer, total_steps=10_000)
+            self.reselector = spiel.Reselector(self.model, self.optimizer, total_steps=MANY_STEPS)
 
     def forward(self):
         return self.model(**self.inputs).loss
@@ -68,9 +84,12 @@ class Runner:
 class Race:
     """Contestants taking steps in turn; `seconds[name]` has one entry for each timed round."""
 
-    def __init__(self, names):
-        self.runners = {name: Runner(name) for name in names}
+    def __init__(self, names, setting=Setting()):
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # the other tests have one
+        self.runners = {name: Runner(name, setting) for name in names}
         self.seconds = {name: [] for name in names}
+        for _ in range(WARM_UP):
+            self.round(timed=False)
 
     def round(self, timed=True):
         for name, runner in self.runners.items():
@@ -79,17 +98,12 @@ class Race:
             if timed:
                 self.seconds[name].append(time.perf_counter() - start)
 
-    def ratio(self, name, base):
-        """Median over rounds of the ratio to `base` in the same round."""
-        pairs = zip(self.seconds[name], self.seconds[base], strict=True)
+    def ratio(self, name, base, rounds=slice(None)):
+        """Median over `rounds` of the ratio to `base` in the same round."""
+        pairs = zip(self.seconds[name][rounds], self.seconds[base][rounds], strict=True)
         return statistics.median(own / other for own, other in pairs)
 
 
 @pytest.fixture(scope="session")
 def race():
-    names = ("frozen", "full", "lora", "shira", "spiel", "spiel-ma")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # the other tests have one
-    race = Race(names)
-    for _ in range(WARM_UP):
-        race.round(timed=False)
-    return race
+    return Race(("frozen", "full", "lora", "shira", "spiel", "spiel-ma"))
