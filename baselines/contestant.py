@@ -43,16 +43,22 @@ def adapted(
     model: torch.nn.Module,
     config: PeftConfig,
     callbacks: Sequence[TrainerCallback] = (),
+    in_fp32: bool = True,
 ) -> AdamWContestant:
     """`model` with the adapter that `config` describes; the adapter's weights are trained.
+
+    They are fp32 even where the model is in 16 bits, which is peft's default, if `in_fp32`.
 
     Raises ValueError if the model is quantised and peft's method does not train on that; the
     message says `name`, whatever peft says where there is no quantisation.
     """
     if not is_quantised(model):
-        return AdamWContestant(get_peft_model(model, config), callbacks)
+        return AdamWContestant(
+            get_peft_model(model, config, autocast_adapter_dtype=in_fp32), callbacks
+        )
     try:
-        contestant = AdamWContestant(get_peft_model(model, config), callbacks)
+        peft_model = get_peft_model(model, config, autocast_adapter_dtype=in_fp32)
+        contestant = AdamWContestant(peft_model, callbacks)
         rehearse(contestant)
     except torch.OutOfMemoryError:
         raise

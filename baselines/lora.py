@@ -17,7 +17,8 @@ from baselines.contestant import AdamWContestant, adapted
 class Lora:
     """Alpha follows the rank, so that the update's scale does not change with the budget.
 
-    `variant` is what else differs from peft's LoraConfig, as {"use_dora": True}. One rank for all
+    `variant` is what else differs from peft's LoraConfig, as {"use_dora": True}; `in_fp32` as in
+    `baselines.contestant.adapted`. One rank for all
     targets wherever one comes within 1 % of the budget, else some have one more than others.
     """
 
@@ -25,6 +26,7 @@ class Lora:
     dropout: float = 0.0
     name: str = "lora"
     variant: Mapping[str, Any] = field(default_factory=dict)
+    in_fp32: bool = True
 
     def __post_init__(self) -> None:
         if self.alpha_over_rank <= 0:
@@ -46,7 +48,7 @@ class Lora:
             target_modules=list(budget.target_modules),
             **self.variant,
         )
-        return adapted(self.name, model, config)
+        return adapted(self.name, model, config, in_fp32=self.in_fp32)
 
     def size(self, model: torch.nn.Module, budget: Any) -> int:
         sides = {name: sum(shape) for name, shape in budget.target_shapes(model).items()}

@@ -70,12 +70,19 @@ class Entry:
         return getattr(importlib.import_module(module), name)(**self.options)
 
 
-def _lora(name: str, alpha_over_rank: float = 2.0, **variant: Any) -> dict[str, Any]:
+def _lora(
+    name: str,
+    alpha_over_rank: float = 2.0,
+    dropout: float = 0.0,
+    in_fp32: bool = True,
+    **variant: Any,
+) -> dict[str, Any]:
     return {
         "alpha_over_rank": alpha_over_rank,
-        "dropout": 0.0,
+        "dropout": dropout,
         "name": name,
         "variant": variant,
+        "in_fp32": in_fp32,
     }
 
 
@@ -123,8 +130,17 @@ METHODS: dict[str, Entry] = {
     "base": Entry(
         "the pretrained model, untouched", "baselines.base:Base", trains=False, matched=False
     ),
+    "frozen": Entry(
+        "the floor: a step's passes with nothing to train", "baselines.frozen:Frozen", matched=False
+    ),
     "full": Entry("full fine-tuning with AdamW", "baselines.full:Full", matched=False),
     "lora": Entry("LoRA as peft ships it", LORA, _lora("lora")),
+    "lora-bf16": Entry(
+        "LoRA in the model's dtype, not in fp32", LORA, _lora("lora-bf16", in_fp32=False)
+    ),
+    "lora-dropout": Entry(
+        "LoRA with the SpIEL paper's dropout", LORA, _lora("lora-dropout", dropout=0.1)
+    ),
     "rslora": Entry("LoRA scaled by the root of its rank", LORA, _lora("rslora", use_rslora=True)),
     "dora": Entry("LoRA of directions, and magnitudes", LORA, _lora("dora", use_dora=True)),
     "pissa": Entry(

@@ -58,6 +58,7 @@ def _add_overrides(group: Any) -> None:
     add("--tasks", type=_text, metavar="A,B", help="tasks of the suite; others as name:metric:role")
     add("--task-folder", type=_text, metavar="DIR", help="lm-eval YAML and copies of hub data sets")
     add("--steps", type=_count, metavar="N", help="train steps")
+    add("--batch-size", type=_count, metavar="N", help="sequences of a micro-batch")
     add("--limit", type=_count, metavar="N", help="at most N items of each task")
     add("--seq-len", type=_count, metavar="N", help="tokens at which examples are cut")
     add("--dtype", choices=DTYPES, help="dtype of the base model")

@@ -15,7 +15,7 @@ from suites.suite import Recipe, Tuning
 from tests.baselines.llama import budget, logits, make_llama, train
 from tests.suites.arena import small_suite
 
-TRAINED = [name for name, entry in METHODS.items() if entry.trains]
+TRAINED = [name for name, entry in METHODS.items() if entry.trains and name != "frozen"]
 ADAPTERS = [name for name in TRAINED if name != "full"]
 MATCHED = [name for name, entry in METHODS.items() if entry.matched]
 
@@ -166,6 +166,26 @@ def test_a_method_that_moves_its_budget_goes_through_a_cell(run_cell, tmp_path, 
     found = run_cell("adalora", entry_of(f"peft:{path}"))
     assert (found.status, found.reason) == ("ok", "")
     assert moved == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_floor_has_every_pass_and_learns_nothing(run_cell):
+    contestant = prepared("frozen")
+    before = logits(contestant.model)
+    losses = train(contestant, steps=2)
+    assert losses[0] == losses[1]
+    assert torch.equal(logits(contestant.model), before)
+    found = run_cell("frozen", METHODS["frozen"])
+    assert (found.status, found.size.num_trainable) == ("ok", 0)
+    with_lora = run_cell("lora", METHODS["lora"])
+    assert found.training.first_step_flops < with_lora.training.first_step_flops
+    assert 3 * found.training.first_step_flops > 2 * with_lora.training.first_step_flops
+
+
+def test_lora_in_the_models_dtype():
+    in_fp32 = prepared("lora", make_llama().bfloat16()).trainable
+    own = prepared("lora-bf16", make_llama().bfloat16()).trainable
+    assert {weight.dtype for weight in in_fp32} == {torch.float32}
+    assert {weight.dtype for weight in own} == {torch.bfloat16}
 
 
 def test_seeds_choose_other_places_for_random_sparse_deltas():

@@ -1,0 +1,159 @@
+"""A grid of footprints in one command: `python -m suites.footprints footprint`.
+
+Runs a footprint suite at every combination of budget, quantisation, checkpointing and micro-batch,
+each resumable as any run is, and writes one table of ratios: time and peak memory of a train step
+to those of the faster, respectively smaller, LoRA with as many weights in the same setting.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from suites import run
+from suites.catalog import SUITES
+from suites.options import BAD_INPUT, Parser, parse_methods
+from suites.overrides import override
+from suites.plan import choose, plan
+from suites.suite import Suite
+
+if TYPE_CHECKING:
+    from suites.record import Record
+
+#: LoRA as peft ships it, and in the model's own dtype; which is faster is for the GPU to say.
+RIVALS = ("lora", "lora-bf16")
+METHODS = ("frozen", *RIVALS, "lora-dropout", "shira", "full", "spiel", "spiel-ma")
+
+#: What `--vary` can name -> the values of that flag, None for the flag left out.
+AXES: dict[str, tuple[Any, ...]] = {
+    "budget": ("r8", "r16", "r64"),
+    "quantize": (None, "4bit"),
+    "gradient_checkpointing": (None, True),
+    "batch_size": (1, 4),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = make_parser().parse_args(argv)
+    try:
+        suite = choose("suite", arguments.suite, SUITES)
+        methods = parse_methods(arguments.methods, suite)
+        names = axes(arguments.vary)
+    except ValueError as error:
+        make_parser().error(str(error))
+    status = 0
+    for setting in settings(names):
+        status = max(status, run.main(command(suite, methods, setting, arguments.out)))
+        if status >= BAD_INPUT:
+            return status
+    return max(status, present(suite, methods, names, arguments.out))
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="python -m suites.footprints", description=(__doc__ or "").split("\n")[0])
+    names = ", ".join(name for name in SUITES if name.startswith("footprint"))
+    parser.add_argument("suite", help=f"one of: {names}")
+    parser.add_argument("--methods", metavar="A,B", default=",".join(METHODS))
+    parser.add_argument(
+        "--vary", metavar="A,B", default=",".join(AXES), help="default: %(default)s"
+    )
+    parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR")
+    return parser
+
+
+def axes(text: str) -> list[str]:
+    """`budget,batch_size` -> those of AXES; ValueError names the allowed ones."""
+    names = [name.strip().replace("-", "_") for name in text.split(",") if name.strip()]
+    for name in names:
+        choose("axis", name, AXES)
+    return names
+
+
+def settings(names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Every combination of the values of the axes `names`."""
+    for values in itertools.product(*(AXES[name] for name in names)):
+        yield dict(zip(names, values, strict=True))
+
+
+def command(suite: Suite, methods: Sequence[str], setting: dict[str, Any], out: Path) -> list[str]:
+    """The arguments of `suites.run` for one setting, as anybody could type them."""
+    flags: list[str] = []
+    for name, value in setting.items():
+        if value is not None:
+            flag = "--" + name.replace("_", "-")
+            flags += [flag] if value is True else [flag, str(value)]
+    return [suite.name, "--methods", ",".join(methods), *flags, "--out", str(out)]
+
+
+def present(suite: Suite, methods: Sequence[str], names: Sequence[str], out: Path) -> int:
+    """Prints and writes the table of ratios; 1 if no setting has a LoRA to compare with."""
+    import pandas as pd
+
+    from suites.record import write_whole
+    from suites.table import drawn, make_console, say, where
+
+    found = [(setting, _records(suite, methods, setting, out)) for setting in settings(names)]
+    rows = [row for setting, records in found for row in compared(setting, records)]
+    console = make_console()
+    if not rows:
+        say(console, "no setting has a finished LoRA to compare with")
+        return 1
+    frame, title = pd.DataFrame(rows), f"{suite.name}: a train step, and as a ratio to LoRA's"
+    machine = where(next(each for _, records in found for each in records if each.environment))
+    console.print(drawn(title, frame))
+    say(console, machine)
+    stem = out / "tables" / f"{suite.name}-ratios"
+    text = f"# {title}\n\n{frame.to_markdown(index=False, disable_numparse=True)}\n\n{machine}\n"
+    write_whole(text, stem.with_suffix(".md"))
+    write_whole(frame.to_csv(index=False), stem.with_suffix(".csv"))
+    say(console, f"tables:  {stem}.md, {stem}.csv")
+    return 0
+
+
+def _records(
+    suite: Suite, methods: Sequence[str], setting: dict[str, Any], out: Path
+) -> list[Record]:
+    from suites.table import load
+
+    return load(plan(override(suite, **setting), methods, suite.seeds[:1]), out)[0]
+
+
+def compared(setting: dict[str, Any], records: Sequence[Record]) -> list[dict[str, str]]:
+    """A row a method: milliseconds and MiB of a train step, and their ratios to the best LoRA's.
+
+    None without a LoRA that ended well. Raises MixedRecordsError for records that do not belong
+    together.
+    """
+    from suites.report import require_comparable, step_seconds
+
+    rivals = [each for each in records if each.status == "ok" and each.method_name in RIVALS]
+    if not rivals:
+        return []
+    require_comparable(records)
+    fastest = min(step_seconds(each) or math.inf for each in rivals)
+    smallest = min(peak_bytes(each) for each in rivals)
+    labels = {name: "-" if value is None else str(value) for name, value in setting.items()}
+    rows = []
+    for each in records:
+        seconds = step_seconds(each) if each.status == "ok" else None
+        cells = ["-", each.status, "-", each.status]
+        if seconds is not None:
+            own = (1e3 * seconds, seconds / fastest, peak_bytes(each) / 2**20)
+            cells = [f"{own[0]:.1f}", f"{own[1]:.3f}", f"{own[2]:.0f}"]
+            cells.append(f"{peak_bytes(each) / smallest:.3f}")
+        columns = ("ms/step", "time x lora", "MiB", "memory x lora")
+        rows.append(labels | {"method": each.method_name} | dict(zip(columns, cells, strict=True)))
+    return rows
+
+
+def peak_bytes(record: Record) -> int:
+    """The most memory that training took: allocated on a GPU, resident on a CPU."""
+    return record.phases["train"].peak_bytes or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
