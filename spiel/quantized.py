@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from spiel import ops
 from spiel.layer import SpielLinear
 
 
@@ -71,9 +72,10 @@ class SpielLinear4bit(SpielLinear):
 
         dense = dequantize_4bit(self._weight.data, self._packing).to(dtype)
         for name in adapters:
-            indices = self.spiel_indices[name].long()
-            sums = dense.take(indices) + self.spiel_deltas[name].detach()
-            dense.put_(indices, sums.to(dtype))
+            indices, deltas = self.spiel_indices[name], self.spiel_deltas[name].detach()
+            before = dense.view(-1).index_select(0, indices)
+            if not ops.write_entries(dense, indices, before, deltas):
+                dense.put_(indices.long(), (before + deltas).to(dtype))
         return dense
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

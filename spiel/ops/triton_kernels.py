@@ -71,30 +71,26 @@ def _sampled_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add_kernel(  # type: ignore[no-untyped-def]
+def _write_kernel(  # type: ignore[no-untyped-def]
     weight_ptr,  # [rows, cols], strided
     indices_ptr,  # [k]
-    originals_ptr,  # [k], not read if IN_PLACE
+    originals_ptr,  # [k]
     deltas_ptr,  # [k]
     k,
     cols,
     stride_row,
     stride_col,
-    IN_PLACE: tl.constexpr,
     SUM_DTYPE: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """weight[index of e] = what was there, or originals[e], plus deltas[e], rounded once."""
+    """weight[index of e] = originals[e] + deltas[e], rounded once."""
     entry = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = entry < k
     index = tl.load(indices_ptr + entry, mask=inside, other=0)
     row = index // cols
     col = index - row * cols
     place = weight_ptr + row.to(tl.int64) * stride_row + col.to(tl.int64) * stride_col
-    if IN_PLACE:
-        before = tl.load(place, mask=inside, other=0.0).to(SUM_DTYPE)
-    else:
-        before = tl.load(originals_ptr + entry, mask=inside, other=0.0).to(SUM_DTYPE)
+    before = tl.load(originals_ptr + entry, mask=inside, other=0.0).to(SUM_DTYPE)
     sums = before + tl.load(deltas_ptr + entry, mask=inside, other=0.0).to(SUM_DTYPE)
     if weight_ptr.dtype.element_ty != tl.float64:
         sums = sums.to(tl.float32)  # on the way to 16 bits, as torch does from 64
@@ -106,7 +102,7 @@ INTERPRETED = not isinstance(_sampled_kernel, triton.JITFunction)
 
 #: Without tuning. The interpreter's cost is per program: there, a few large ones.
 _FIXED_BLOCKS = {"BLOCK_E": 128, "BLOCK_T": 128} if INTERPRETED else {"BLOCK_E": 8, "BLOCK_T": 256}
-_ADD_BLOCK = 1024
+_WRITE_BLOCK = 1024
 
 _CONFIGS = ((4, 512, 4), (8, 256, 4), (8, 512, 8), (16, 256, 8), (32, 128, 8))
 
@@ -195,32 +191,17 @@ def write_entries(
     Raises:
         RuntimeError: tensors are not on one GPU, and this is not triton's interpreter.
     """
-    _add(weight, indices, originals.contiguous(), deltas, in_place=False)
-
-
-def add_entries(dense: torch.Tensor, indices: torch.Tensor, deltas: torch.Tensor) -> None:
-    """dense[indices] = round(dense[indices] + deltas), in one launch; as `write_entries`."""
-    _add(dense, indices, dense, deltas, in_place=True)
-
-
-def _add(
-    weight: torch.Tensor,
-    indices: torch.Tensor,
-    originals: torch.Tensor,
-    deltas: torch.Tensor,
-    in_place: bool,
-) -> None:
     _check_devices(weight, indices, originals, deltas)
     k = len(indices)
     if k == 0:
         return
-    tensors = (weight, indices.contiguous(), originals, deltas.contiguous())
+    tensors = (weight, indices.contiguous(), originals.contiguous(), deltas.contiguous())
     sizes = (k, weight.shape[1], *weight.stride())
     is_wide = torch.float64 in (weight.dtype, originals.dtype, deltas.dtype)
     sum_dtype = tl.float64 if is_wide else tl.float32
     with torch.cuda.device_of(weight):
-        _add_kernel[(triton.cdiv(k, _ADD_BLOCK),)](
-            *(tensor.detach() for tensor in tensors), *sizes, in_place, sum_dtype, _ADD_BLOCK
+        _write_kernel[(triton.cdiv(k, _WRITE_BLOCK),)](
+            *(tensor.detach() for tensor in tensors), *sizes, sum_dtype, _WRITE_BLOCK
         )
 
 

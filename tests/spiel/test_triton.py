@@ -185,7 +185,7 @@ def test_tensors_that_kernels_cannot_reach_are_refused(monkeypatch):
     with pytest.raises(RuntimeError, match="takes tensors on one CUDA device, got some on cpu"):
         triton_kernels.sampled_gradients(left, right, [torch.tensor([1])])[0]
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-        triton_kernels.add_entries(weight, torch.tensor([1]), torch.ones(1))
+        triton_kernels.write_entries(weight, torch.tensor([1]), torch.ones(1), torch.ones(1))
 
 
 def test_tensors_on_several_devices_are_refused():

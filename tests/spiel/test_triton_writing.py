@@ -80,25 +80,12 @@ def test_the_interpreter_writes_bfloat16_to_within_one_unit_in_the_last_place():
     assert ((weight.take(indices.long()).float() - sums).abs() <= sums.abs() * 2**-7).all()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-@pytest.mark.parametrize("dtype", ROUNDED_DTYPES)
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-def test_deltas_are_added_in_place(dtype, layout, index_dtype):
-    dense, indices, deltas = weight_and_deltas(dtype, layout=layout)
-    expected = dense.clone()
-    sums = expected.take(indices.long()) + deltas
-    expected.put_(indices.long(), sums.to(dtype))
-    triton_kernels.add_entries(dense, indices.to(index_dtype), deltas)
-    assert torch.equal(dense, expected)
-
-
 def test_writing_all_entries_or_none():
     weight, indices, deltas = weight_and_deltas(torch.float32, k=37 * 50)
     before = weight.clone()
     triton_kernels.write_entries(weight, indices[:0], deltas[:0], deltas[:0])
-    triton_kernels.add_entries(weight, indices[:0], deltas[:0])
     assert torch.equal(weight, before)
-    triton_kernels.add_entries(weight, indices, deltas)
+    triton_kernels.write_entries(weight, indices, before.view(-1), deltas)
     assert torch.equal(weight, before + deltas.view_as(weight))
 
 
@@ -106,6 +93,6 @@ def test_a_parameter_is_written_without_a_trace_in_its_graph():
     weight, indices, deltas = weight_and_deltas(torch.float32)
     parameter = torch.nn.Parameter(weight)
     out = parameter.square().sum()
-    triton_kernels.add_entries(parameter, indices, deltas.requires_grad_())
+    triton_kernels.write_entries(parameter, indices, deltas, deltas.requires_grad_())
     out.backward()  # would refuse if the weight counted as changed
     assert parameter.is_leaf
