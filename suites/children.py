@@ -24,6 +24,7 @@ PRELOADED = (
     "suites.cell",
     "transformers.models.llama.modeling_llama",
     "peft",
+    "spiel.ops.compiled",  # where numba is installed
     "lm_eval.models.huggingface",
     "lm_eval.tasks",
 )
