@@ -6,6 +6,7 @@ The choice is a rule that can be read here, can be overruled (`use_backend`), an
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -75,8 +76,19 @@ def choose_backend(
 
 @cache
 def has_numba() -> bool:
-    """Whether numba is installed; answers without importing it."""
-    return find_spec("numba") is not None
+    """Whether the backend "compiled" can be used; says why not where numba is there but fails."""
+    if find_spec("numba") is None:
+        return False
+    try:
+        import_module("spiel.ops.compiled")
+    except Exception as error:  # as with a numpy that is too new for it
+        warnings.warn(
+            "numba cannot be used, so SpIEL forms gradients on CPUs by torch's sampled product: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def sampled_gradients(

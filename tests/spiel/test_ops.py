@@ -1,5 +1,7 @@
 """Every backend against the dense definition, at awkward shapes."""
 
+import sys
+
 import pytest
 import torch
 
@@ -151,6 +153,15 @@ def test_operands_that_change_or_move_are_transposed_anew():
             expected = reference.sampled_gradients(left[: len(changed)], changed, [indices])[0]
             assert_close_rms(values, expected, 1e-5)
     ops.forget_operands()
+
+
+def test_a_numba_that_does_not_work_is_done_without_and_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "spiel.ops.compiled", None)  # importing it fails
+    ops.has_numba.cache_clear()
+    with pytest.warns(UserWarning, match="numba cannot be used"):
+        assert not ops.has_numba()
+    assert ops.choose_backend(torch.device("cpu"), 1000, 512 * 512) == "sampled"
+    ops.has_numba.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
