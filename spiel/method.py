@@ -82,6 +82,7 @@ class Spiel:
             task_type="CAUSAL_LM",
         )
         adapted = get_peft_model(model, config)
+        ops.settle(adapted.device, adapted.dtype)
         num_trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         return SpielContestant(adapted, [SpielCallback()], num_trainable, self.growth)
 

@@ -74,6 +74,14 @@ def choose_backend(
     return name if k <= CPU_MAX_DENSITY[name] * numel else "blocked"
 
 
+def settle(device: torch.device, dtype: torch.dtype) -> None:
+    """Has what the choice on a GPU needs measured now, and not in the first backward pass, where
+    its time and memory would count as training's.
+    """
+    if device.type == "cuda":
+        crossover.faster_backend(device, dtype, 0.0)
+
+
 @cache
 def has_numba() -> bool:
     """Whether the backend "compiled" can be used; says why not where numba is there but fails."""
