@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from suites.embedded import World
 from suites.footprint import footprint_suites
 from suites.instruction import LLAMA_PROJECTIONS, instruction_suites
 from suites.metamath import metamath
 from suites.suite import WORLD, Budget, DataSource, ModelSource, Recipe, Suite, Task, Tuning
+from suites.world import World
 
 
 def _learning_rates(*values: float) -> tuple[Tuning, ...]:

@@ -19,7 +19,7 @@ from suites import embedded_facts
 from suites.data import IGNORED
 
 if TYPE_CHECKING:
-    from suites.embedded import Progress, World
+    from suites.world import Progress, World
 
 BOS, EOS, PAD, UNKNOWN = SPECIAL_TOKENS = ("<s>", "</s>", "<pad>", "<unk>")
 MAX_LENGTH = 64

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from suites.embedded import World
+    from suites.world import World
 
 #: Between the question and its answer.
 ARROW = "->"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from suites import embedded_facts
 
 if TYPE_CHECKING:
-    from suites.embedded import World
+    from suites.world import World
 
 #: lm-eval task -> the data file it asks.
 TASKS = {

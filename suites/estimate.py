@@ -27,12 +27,12 @@ import torch
 
 from suites import models, record
 from suites.distributed import share
-from suites.embedded import World
 from suites.plan import Cell, Execution
 from suites.provenance import Environment
 from suites.record import DamagedRecordError, Record
 from suites.sources import ModelSource
 from suites.suite import WORLD, Suite
+from suites.world import World
 
 #: Bytes of a weight in NF4 with double quantisation.
 NF4_BYTES = 4.127 / 8

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from suites.shapes import SHAPES
-from suites.sources import RANDOM_TOKENS
+from suites.sources import ALLOWED, LINES, RANDOM_TOKENS, TABLES
 
 if TYPE_CHECKING:
     from suites.suite import Suite
@@ -99,8 +99,6 @@ def _model(suite: Suite) -> list[Wanted]:
 
 
 def _data(suite: Suite) -> list[Wanted]:
-    from suites.rows import ALLOWED, LINES, TABLES
-
     path = suite.data.path
     if path == RANDOM_TOKENS or path.startswith("{") or Path(path).exists():
         return []

@@ -10,14 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from suites import hub
+from suites.sources import ALLOWED, LINES, TABLES
 
 if TYPE_CHECKING:
     from suites.sources import DataSource
-
-#: Endings of files read here; JSON is one object a line in either.
-LINES, TABLES = (".jsonl", ".json"), (".parquet",)
-
-ALLOWED = f"a {', '.join((*LINES, *TABLES))} file, a folder or a hub id, as owner/name"
 
 
 @dataclass(frozen=True)

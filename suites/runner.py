@@ -16,6 +16,7 @@ from suites.plan import Cell, Execution
 from suites.progress import Progress, Report
 from suites.record import DamagedRecordError, Record
 from suites.suite import Suite
+from suites.world import World
 
 #: Below this much free space a run is not begun: records, logs and tables need a few megabytes.
 NEEDED_BYTES = 64 * 2**20
@@ -104,7 +105,7 @@ def _check_hub(suite: Suite) -> None:
         raise NotReadyError("\n".join([MISSING, *missing]))
 
 
-def _build_world(world: embedded.World, out: Path, chosen: BaseContext, view: Progress) -> Path:
+def _build_world(world: World, out: Path, chosen: BaseContext, view: Progress) -> Path:
     built: list[workers.Built] = []
 
     def hear(message: Any) -> None:

@@ -15,6 +15,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 SPLITS = ("dev", "test")
 QUANTIZATIONS = ("4bit",)
 
+#: Endings of data files; JSON is one object a line in either.
+LINES, TABLES = (".jsonl", ".json"), (".parquet",)
+
+#: What the path of data may be.
+ALLOWED = f"a {', '.join((*LINES, *TABLES))} file, a folder or a hub id, as owner/name"
+
 #: The path of data that are random token ids, for suites that measure time and memory only.
 RANDOM_TOKENS = "{random tokens}"
 

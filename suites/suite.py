@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from suites.budget import Budget
-from suites.embedded import World
 from suites.sources import RANDOM_TOKENS, SPLITS, DataSource, ModelSource, Task
 from suites.values import added, hashed_values, require, short_hash
+from suites.world import World
 
 #: A path that starts so lies in the folder that the suite's embedded world was written to.
 WORLD = "{world}"

@@ -18,6 +18,7 @@ from suites.distributed import Rank
 from suites.messages import Built, Ended, Lost, Skipped, Unwritten
 from suites.plan import Cell, Execution
 from suites.progress import Report
+from suites.world import World
 
 
 def run_cell(
@@ -94,7 +95,7 @@ def _is_finished(cell: Cell, out: Path) -> bool:
     return False
 
 
-def build_world(world: embedded.World, cache: Path, log: Path, connection: Connection) -> None:
+def build_world(world: World, cache: Path, log: Path, connection: Connection) -> None:
     """What the world's child does: finds the embedded world or makes it, and says where."""
     _begin(log)
 

@@ -13,7 +13,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from suites.embedded import World, build
+from suites.embedded import build
+from suites.world import World
 
 #: Big enough to have every kind of fact, too small and too briefly trained to know any.
 TINY = World(

@@ -18,30 +18,19 @@ def name_of(path):
 MODULES = {name_of(path): path for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
 
 
-def imported(tree, at_import_time):
-    """Names that `tree` imports from our packages; with `at_import_time`, at module level only.
-
-    What a function imports runs later, and what stands under TYPE_CHECKING never does.
-    """
-    for node in ast.iter_child_nodes(tree):
+def imported(tree):
+    """Names that `tree` imports from our packages, wherever in it: deferred ones and types too."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             submodules = (f"{node.module}.{alias.name}" for alias in node.names)
             yield from (name if name in MODULES else node.module for name in submodules)
-        elif not (at_import_time and _is_deferred(node)):
-            yield from imported(node, at_import_time)
 
 
-def _is_deferred(node):
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        return True
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-
-
-def ours(path, at_import_time=False):
-    names = imported(ast.parse(path.read_text()), at_import_time)
+def ours(path):
+    names = imported(ast.parse(path.read_text()))
     return {name for name in names if name.split(".")[0] in PACKAGES}
 
 
@@ -74,10 +63,7 @@ def test_arrows(package):
 
 
 def test_no_cycles():
-    graph = {
-        name: (ours(path, at_import_time=True) & set(MODULES)) - {name}
-        for name, path in MODULES.items()
-    }
+    graph = {name: (ours(path) & set(MODULES)) - {name} for name, path in MODULES.items()}
     assert len(graph) > 10
     assert find_cycle(graph) is None
 
@@ -90,5 +76,4 @@ def test_a_cycle_would_be_found():
 def test_imports_are_seen(tmp_path):
     source = "import suites.run\nif 1:\n    from spiel import ops\ndef f():\n    import baselines\n"
     tree = ast.parse(source)
-    assert set(imported(tree, False)) == {"suites.run", "spiel.ops", "baselines"}
-    assert "baselines" not in set(imported(tree, True))
+    assert set(imported(tree)) == {"suites.run", "spiel.ops", "baselines"}

@@ -11,7 +11,8 @@ import time
 import pytest
 
 from suites import embedded_base, embedded_facts
-from suites.embedded import World, build, is_whole
+from suites.embedded import build, is_whole
+from suites.world import World
 
 
 def rows(folder, name):
