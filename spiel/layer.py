@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from spiel import ops
 from spiel.live import LiveEntries
 from spiel.support import check_loaded, check_support, index_dtype, random_support
-from spiel.tap import Tap
+from spiel.tap import Tap, is_wanted
 from spiel.targets import weight_shape
 
 
@@ -216,7 +216,7 @@ class SpielLinear(nn.Module, BaseTunerLayer):
             left, right = right, left
         # An autocast around the caller's backward would turn fp32 sums into bf16 ones.
         with torch.autocast(x.device.type, enabled=False):
-            observer = self.observers.get(adapter)
+            observer = self._observer(adapter)
             candidates = None if observer is None else observer.candidates
             supports = [self.spiel_indices[adapter]]
             if candidates is not None:
@@ -226,6 +226,13 @@ class SpielLinear(nn.Module, BaseTunerLayer):
                 of_candidates = None if candidates is None else gradients[1]
                 observer.observe(left, right, gradients[0], of_candidates)
         return gradients[0].to(self.spiel_deltas[adapter].dtype)
+
+    def _observer(self, adapter: str) -> Observer | None:
+        """Who watches, unless backward is after other gradients (`torch.autograd.grad`)."""
+        observer = self.observers.get(adapter)
+        if observer is None or not is_wanted(self.spiel_deltas[adapter]):
+            return None
+        return observer
 
     # -- merging ----------------------------------------------------------------------------
 

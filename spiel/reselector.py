@@ -14,9 +14,10 @@ from spiel.layer import SpielLinear
 from spiel.model import spiel_layers
 from spiel.ops.blocked import largest_products
 from spiel.optim import SpielAdamW, move_state
+from spiel.quorum import Quorum
 from spiel.reselection import Exchange, Schedule, drop, exchange, grow_by_gradients
 from spiel.sm3 import SpielSM3
-from spiel.window import GradientWindow
+from spiel.window import GradientWindow, end_step, measure_scale
 
 
 class Reselector:
@@ -91,8 +92,7 @@ class Reselector:
             )
         self._optimizer_steps = 0
         self.t += 1
-        for window in self.windows.values():
-            window.end_step(self._scale)
+        end_step(list(self.windows.values()), self._scale)
         if self.schedule.reselects(self.t):
             self._reselect()
             self._close_windows()
@@ -118,8 +118,7 @@ class Reselector:
         if state["windows"]:
             self._open_windows()
         for name, saved in state["windows"].items():
-            device = self.layers[name].spiel_deltas[self.adapter].device
-            self.windows[name].load_state_dict(saved, device)
+            self.windows[name].load_state_dict(saved)
 
     def close(self) -> None:
         """Lets go of model and optimizer."""
@@ -137,10 +136,7 @@ class Reselector:
     # -- parts of a step --------------------------------------------------------------------
 
     def _before_step(self, *_: Any) -> None:
-        for name, window in self.windows.items():
-            gradient = self.layers[name].spiel_deltas[self.adapter].grad
-            if window.is_probe and gradient is not None:
-                self._scale = window.measure_scale(gradient)
+        self._scale = measure_scale(list(self.windows.values()))
 
     def _after_step(self, *_: Any) -> None:
         self._optimizer_steps += 1
@@ -187,18 +183,17 @@ class Reselector:
     def _open_windows(self) -> None:
         if self.growth == "ma":
             return  # the optimizer's accumulators watch at all times
-        sizes = {name: len(layer.spiel_deltas[self.adapter]) for name, layer in self.layers.items()}
-        probe = min((name for name in sizes if sizes[name] > 0), key=sizes.__getitem__, default="")
-        self._scale = 1.0
+        quorum = Quorum(self.windows.values())
         for name, layer in self.layers.items():
-            window = GradientWindow(sizes[name], is_probe=name == probe)
-            self.windows[name] = window
-            layer.observers[self.adapter] = window
+            deltas = layer.spiel_deltas[self.adapter]
+            if len(deltas) > 0:
+                self.windows[name] = GradientWindow(deltas, quorum)
+                layer.observers[self.adapter] = self.windows[name]
 
     def _close_windows(self) -> None:
         for layer in self.layers.values():
             layer.observers.pop(self.adapter, None)
-        self.windows = {}
+        self.windows.clear()
 
     def _reselect(self) -> None:
         rate = self.schedule.rate(self.t)

@@ -74,7 +74,7 @@ def test_window_seeds_are_means_over_whole_optimizer_steps():
         for name, window in reselector.windows.items():
             numel = spiel_layers(model)[1][name].get_base_layer().weight.numel()
             torch.manual_seed(len(name))
-            window.candidates = torch.randperm(numel)[: window.num_candidates].sort().values
+            window.candidates = torch.randperm(numel)[: len(window.deltas)].sort().values
         data = batches(8, size=8)
         if accumulation > 1:
             data = data.view(8 * accumulation, 8 // accumulation, 8)
