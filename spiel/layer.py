@@ -104,14 +104,29 @@ class SpielLinear(nn.Module, BaseTunerLayer):
 
     def set_support(self, adapter: str, indices: torch.Tensor) -> None:
         """Replaces the support, whose size stays, and sets all deltas to 0."""
+        self.check_support(adapter, indices)
         numel = self.shape[0] * self.shape[1]
         deltas = self.spiel_deltas[adapter]
-        check_support(indices, len(deltas), numel, self.name)
         indices = indices.detach().to(deltas.device, index_dtype(numel), copy=True)
         self.replace_support(adapter, indices, torch.zeros_like(deltas))
 
+    def check_support(self, adapter: str, indices: torch.Tensor) -> None:
+        """Raises what `set_support` would raise, which then changes nothing."""
+        self.refuse_merged()
+        numel = self.shape[0] * self.shape[1]
+        check_support(indices, len(self.spiel_deltas[adapter]), numel, self.name)
+
+    def refuse_merged(self) -> None:
+        """Raises RuntimeError if adapters are merged, whose deltas a new support would lose."""
+        if self.merged:
+            raise RuntimeError(
+                f"{self.name} has merged adapters ({', '.join(self.merged_adapters)}); unmerge "
+                "first (model.unmerge_adapter())"
+            )
+
     def replace_support(self, adapter: str, indices: torch.Tensor, deltas: torch.Tensor) -> None:
         """Takes over a checked support [k] and its deltas [k]; the Parameter stays the same."""
+        self.refuse_merged()
         self.put_back()
         self.spiel_indices[adapter] = indices
         with torch.no_grad():
