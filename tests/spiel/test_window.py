@@ -150,3 +150,15 @@ def test_a_module_without_deltas_trains_and_reselects(growth):
 def test_no_candidates_of_no_deltas():
     indices, values = largest_gradients(X, X, 0)
     assert len(indices) == len(values) == 0
+
+
+@pytest.mark.parametrize("growth", ["ag", "ma"])
+def test_a_module_that_is_never_used_keeps_its_support(growth):
+    model, optimizer, reselector = make(growth)
+    before = spiel.get_deltas(model)
+    for _ in range(9):
+        loss_of(model, use_expert=False).backward()
+        step(optimizer, reselector)
+    after = spiel.get_deltas(model)
+    assert torch.equal(before["expert"][0], after["expert"][0])
+    assert not torch.equal(before["last"][0], after["last"][0])
