@@ -5,6 +5,8 @@ Without an initialised process group of several ranks every function here does n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -25,6 +27,24 @@ def broadcast_(tensor: torch.Tensor) -> None:
     """Replaces `tensor` by that of rank 0."""
     if is_parallel():
         dist.broadcast(tensor, src=0)
+
+
+def on_all_ranks(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """For each flag whether it is set on every rank."""
+    return _reduce_flags(flags, device, "MIN")
+
+
+def on_any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """For each flag whether it is set on some rank."""
+    return _reduce_flags(flags, device, "MAX")
+
+
+def _reduce_flags(flags: Sequence[bool], device: torch.device, how: str) -> list[bool]:
+    if not is_parallel():
+        return list(flags)
+    reduced = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(reduced, getattr(dist.ReduceOp, how))
+    return [bool(flag) for flag in reduced.tolist()]
 
 
 def check_equal(tensor: torch.Tensor, what: str) -> None:

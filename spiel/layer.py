@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from spiel import ops
 from spiel.live import LiveEntries
 from spiel.support import check_loaded, check_support, index_dtype, random_support
-from spiel.tap import Tap
+from spiel.tap import Tap, is_wanted
 from spiel.targets import weight_shape
 
 
@@ -104,14 +104,29 @@ class SpielLinear(nn.Module, BaseTunerLayer):
 
     def set_support(self, adapter: str, indices: torch.Tensor) -> None:
         """Replaces the support, whose size stays, and sets all deltas to 0."""
+        self.check_support(adapter, indices)
         numel = self.shape[0] * self.shape[1]
         deltas = self.spiel_deltas[adapter]
-        check_support(indices, len(deltas), numel, self.name)
         indices = indices.detach().to(deltas.device, index_dtype(numel), copy=True)
         self.replace_support(adapter, indices, torch.zeros_like(deltas))
 
+    def check_support(self, adapter: str, indices: torch.Tensor) -> None:
+        """Raises what `set_support` would raise, which then changes nothing."""
+        self.refuse_merged()
+        numel = self.shape[0] * self.shape[1]
+        check_support(indices, len(self.spiel_deltas[adapter]), numel, self.name)
+
+    def refuse_merged(self) -> None:
+        """Raises RuntimeError if adapters are merged, whose deltas a new support would lose."""
+        if self.merged:
+            raise RuntimeError(
+                f"{self.name} has merged adapters ({', '.join(self.merged_adapters)}); unmerge "
+                "first (model.unmerge_adapter())"
+            )
+
     def replace_support(self, adapter: str, indices: torch.Tensor, deltas: torch.Tensor) -> None:
         """Takes over a checked support [k] and its deltas [k]; the Parameter stays the same."""
+        self.refuse_merged()
         self.put_back()
         self.spiel_indices[adapter] = indices
         with torch.no_grad():
@@ -216,7 +231,7 @@ class SpielLinear(nn.Module, BaseTunerLayer):
             left, right = right, left
         # An autocast around the caller's backward would turn fp32 sums into bf16 ones.
         with torch.autocast(x.device.type, enabled=False):
-            observer = self.observers.get(adapter)
+            observer = self._observer(adapter)
             candidates = None if observer is None else observer.candidates
             supports = [self.spiel_indices[adapter]]
             if candidates is not None:
@@ -226,6 +241,13 @@ class SpielLinear(nn.Module, BaseTunerLayer):
                 of_candidates = None if candidates is None else gradients[1]
                 observer.observe(left, right, gradients[0], of_candidates)
         return gradients[0].to(self.spiel_deltas[adapter].dtype)
+
+    def _observer(self, adapter: str) -> Observer | None:
+        """Who watches, unless backward is after other gradients (`torch.autograd.grad`)."""
+        observer = self.observers.get(adapter)
+        if observer is None or not is_wanted(self.spiel_deltas[adapter]):
+            return None
+        return observer
 
     # -- merging ----------------------------------------------------------------------------
 

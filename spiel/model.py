@@ -154,13 +154,21 @@ def set_support(
 ) -> None:
     """Gives modules new flat indices; their delta values restart at 0.
 
+    Use it before the optimizer is made: an optimizer's state is of the weights that it has seen,
+    so after a step it would go on with the momenta of weights that are no longer active.
+
     Raises:
         ValueError: a module is unknown, or its indices are out of range, duplicated, unsorted, or
             not as many as the adapter has deltas there.
+        TypeError: indices are no tensor.
+        RuntimeError: adapters are merged.
+        Nothing was changed.
     """
     adapter, layers = spiel_layers(model, adapter)
     unknown = [name for name in support if name not in layers]
     if unknown:
         raise ValueError(f"no SpIEL module {unknown[0]!r}; there are {', '.join(layers)}")
+    for name, indices in support.items():
+        layers[name].check_support(adapter, indices)
     for name, indices in support.items():
         layers[name].set_support(adapter, indices)

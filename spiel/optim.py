@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,6 +40,11 @@ class SpielOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name} must not be negative, got {defaults[name]}")
         if isinstance(model_or_params, nn.Module):
             model_or_params = [p for p in model_or_params.parameters() if p.requires_grad]
+            if not model_or_params:
+                raise ValueError(
+                    "the model has no parameter to train: load its adapter with is_trainable=True, "
+                    "or activate it with set_adapter"
+                )
         super().__init__(model_or_params, defaults)
         #: Gives the Reselector's state to `state_dict`; set by whoever wants it saved here.
         self.reselector_state: Callable[[], dict[str, Any]] | None = None
@@ -193,21 +198,27 @@ class SpielAdamW(SpielOptimizer):
         raise ValueError("the optimizer does not have this parameter")
 
 
-def move_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, change: Exchange) -> None:
-    """Brings an ordinary optimiser's state per weight to a new support, 0 for grown weights.
-
-    Raises:
-        TypeError: it keeps state in a form that cannot follow.
-    """
-    for name, value in optimizer.state[parameter].items():
-        if not isinstance(value, torch.Tensor) or value.dim() == 0:
-            continue
+def check_state_moves(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> None:
+    """Raises TypeError if an ordinary optimiser keeps state that `move_state` cannot move."""
+    for name, value in _states_per_weight(optimizer, parameter):
         if value.shape != parameter.shape or not value.is_floating_point():
             raise TypeError(
                 f"{type(optimizer).__name__} keeps {name!r} in a form that cannot follow a "
                 "reselection (shape or dtype); use spiel.SpielAdamW"
             )
+
+
+def move_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, change: Exchange) -> None:
+    """Brings an ordinary optimiser's state per weight to a new support, 0 for grown weights."""
+    for name, value in _states_per_weight(optimizer, parameter):
         optimizer.state[parameter][name] = change.move(value)
+
+
+def _states_per_weight(
+    optimizer: torch.optim.Optimizer, parameter: torch.Tensor
+) -> list[tuple[str, torch.Tensor]]:
+    state = optimizer.state.get(parameter, {})
+    return [(n, v) for n, v in state.items() if isinstance(v, torch.Tensor) and v.dim() > 0]
 
 
 def _bunches(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -224,7 +235,7 @@ def _bunches(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]
     yield from bunches.values()
 
 
-@cache
+@lru_cache(maxsize=8)  # schedules that cycle beta1 ask for another one in every step
 def _table(beta1: float, beta2: float, device: torch.device) -> torch.Tensor:
     """sqrt(1 - b2^age) / (1 - b1^age) for each age, in fp32."""
     ages = torch.arange(MAX_AGE + 1, dtype=torch.float64, device="cpu")

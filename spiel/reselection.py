@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -23,6 +24,7 @@ class Schedule:
 
     Raises:
         ValueError: training is over before the first reselection.
+        TypeError: `total_steps` is no integer.
     """
 
     total_steps: int
@@ -32,6 +34,8 @@ class Schedule:
     reselection_rate_policy: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.total_steps, Integral):
+            raise TypeError(f"total_steps must be an integer, got {self.total_steps!r}")
         if self.total_steps <= self.selection_accumulation_steps:
             raise ValueError(
                 f"total_steps {self.total_steps} is too small for one reselection, which comes "
@@ -48,12 +52,15 @@ class Schedule:
         on_time = t % self.reselection_steps == self.selection_accumulation_steps
         return on_time and t <= self.total_steps
 
-    def rate(self, t: int) -> float:
-        """The share of the deltas that is replaced at step t."""
+    def rate(self, t: int, is_random: bool = True) -> float:
+        """The share of the deltas that is replaced at step t.
+
+        `is_random`: the support was drawn at random before step 1, and nothing is learned yet.
+        """
         progress = t / self.total_steps
         if self.reselection_rate_policy == "cosine":
             return self.initial_reselection_rate * (1 + math.cos(math.pi * progress)) / 2
-        if t == self.selection_accumulation_steps:
+        if t == self.selection_accumulation_steps and is_random:
             return 1.0  # the whole random support goes
         return self.initial_reselection_rate * (1 - progress)
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from spiel.config import SpielConfig
+from spiel.checks import check_layers, check_optimizer, check_state, config_of
 from spiel.distributed import broadcast_, check_equal, is_parallel
 from spiel.layer import SpielLinear
 from spiel.model import spiel_layers
 from spiel.ops.blocked import largest_products
 from spiel.optim import SpielAdamW, move_state
+from spiel.quorum import Quorum
 from spiel.reselection import Exchange, Schedule, drop, exchange, grow_by_gradients
 from spiel.sm3 import SpielSM3
-from spiel.window import GradientWindow
+from spiel.window import GradientWindow, end_step, measure_scale
 
 
 class Reselector:
@@ -36,9 +36,10 @@ class Reselector:
         adapter: which adapter, where several are active.
 
     Raises:
-        ValueError: `total_steps` is too small for one reselection, or the optimizer does not have
-            the deltas.
-        TypeError: the optimizer cannot serve this growth.
+        ValueError: `total_steps` is too small for one reselection, the adapter is frozen, or the
+            optimizer does not have the deltas.
+        TypeError: the optimizer cannot serve this growth, or `total_steps` is no integer.
+        RuntimeError: adapters are merged.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Reselector:
                 f"gradient_accumulation_steps must be at least 1, got {gradient_accumulation_steps}"
             )
         self.adapter, self.layers = spiel_layers(model, adapter)
-        config = _config_of(model, self.adapter)
+        config = config_of(model, self.adapter)
         self.growth: str = config.growth
         self.schedule = Schedule(
             total_steps,
@@ -64,7 +65,8 @@ class Reselector:
             config.reselection_rate_policy,
         )
         self.optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-        self._check_optimizer()
+        check_layers(self.layers, self.adapter)
+        check_optimizer(self.optimizer, self.layers, self.adapter, self.growth)
         self.t = 0
         self.windows: dict[str, GradientWindow] = {}
         self._scale = 1.0
@@ -74,6 +76,9 @@ class Reselector:
             self.optimizer.register_step_post_hook(self._after_step),
         ]
         self._share_support()
+        deltas = [layer.spiel_deltas[self.adapter] for layer in self.layers.values()]
+        #: Nothing was learned before, so the first reselection may replace everything.
+        self.is_random = not any(bool(values.any()) for values in deltas)
         self._open_windows()
 
     # -- the interface ----------------------------------------------------------------------
@@ -91,8 +96,9 @@ class Reselector:
             )
         self._optimizer_steps = 0
         self.t += 1
-        for window in self.windows.values():
-            window.end_step(self._scale)
+        end_step(list(self.windows.values()), self._scale)
+        if self.t == 1 or self.schedule.reselects(self.t):
+            check_state(self.optimizer, self.layers, self.adapter)
         if self.schedule.reselects(self.t):
             self._reselect()
             self._close_windows()
@@ -102,7 +108,7 @@ class Reselector:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the model's and the optimizer's state."""
         windows = {name: window.state_dict() for name, window in self.windows.items()}
-        return {"t": self.t, "windows": windows}
+        return {"t": self.t, "is_random": self.is_random, "windows": windows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state_dict` was taken. Load the model and the optimizer too.
@@ -113,13 +119,12 @@ class Reselector:
         unknown = set(state["windows"]) - set(self.layers)
         if unknown:
             raise ValueError(f"the state has windows of unknown modules: {', '.join(unknown)}")
-        self.t = state["t"]
+        self.t, self.is_random = state["t"], state["is_random"]
         self._close_windows()
         if state["windows"]:
             self._open_windows()
         for name, saved in state["windows"].items():
-            device = self.layers[name].spiel_deltas[self.adapter].device
-            self.windows[name].load_state_dict(saved, device)
+            self.windows[name].load_state_dict(saved)
 
     def close(self) -> None:
         """Lets go of model and optimizer."""
@@ -137,10 +142,7 @@ class Reselector:
     # -- parts of a step --------------------------------------------------------------------
 
     def _before_step(self, *_: Any) -> None:
-        for name, window in self.windows.items():
-            gradient = self.layers[name].spiel_deltas[self.adapter].grad
-            if window.is_probe and gradient is not None:
-                self._scale = window.measure_scale(gradient)
+        self._scale = measure_scale(list(self.windows.values()))
 
     def _after_step(self, *_: Any) -> None:
         self._optimizer_steps += 1
@@ -166,48 +168,31 @@ class Reselector:
         sums = torch.stack([support.sum() for support in supports])
         check_equal(sums, "the supports that reselection chose")
 
-    def _check_optimizer(self) -> None:
-        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        for name, layer in self.layers.items():
-            if id(layer.spiel_deltas[self.adapter]) not in known:
-                raise ValueError(
-                    f"the optimizer does not have the deltas of {name}: make it after "
-                    "get_peft_model, as spiel.SpielAdamW(model, lr=...)"
-                )
-        name = type(self.optimizer).__name__
-        if self.growth == "ma" and not isinstance(self.optimizer, SpielSM3):
-            raise TypeError(f"growth 'ma' reads the momenta of spiel.SpielSM3, got {name}")
-        if self.growth == "ag" and not isinstance(self.optimizer, SpielAdamW):
-            warnings.warn(
-                f"{name} knows no age of single weights: grown weights start unseeded; "
-                "spiel.SpielAdamW is made for growth 'ag'",
-                stacklevel=3,
-            )
-
     def _open_windows(self) -> None:
         if self.growth == "ma":
             return  # the optimizer's accumulators watch at all times
-        sizes = {name: len(layer.spiel_deltas[self.adapter]) for name, layer in self.layers.items()}
-        probe = min((name for name in sizes if sizes[name] > 0), key=sizes.__getitem__, default="")
-        self._scale = 1.0
+        quorum = Quorum(self.windows.values())
         for name, layer in self.layers.items():
-            window = GradientWindow(sizes[name], is_probe=name == probe)
-            self.windows[name] = window
-            layer.observers[self.adapter] = window
+            deltas = layer.spiel_deltas[self.adapter]
+            if len(deltas) > 0:
+                self.windows[name] = GradientWindow(deltas, quorum)
+                layer.observers[self.adapter] = self.windows[name]
 
     def _close_windows(self) -> None:
         for layer in self.layers.values():
             layer.observers.pop(self.adapter, None)
-        self.windows = {}
+        self.windows.clear()
 
     def _reselect(self) -> None:
-        rate = self.schedule.rate(self.t)
+        rate = self.schedule.rate(self.t, self.is_random)
         for name, layer in self.layers.items():
             n = int(len(layer.spiel_deltas[self.adapter]) * rate)
             if n == 0:
                 continue
-            if self.growth == "ma":
-                self._reselect_by_momenta(layer, n)
+            if isinstance(self.optimizer, SpielSM3):
+                # A module that was never used has no momenta, and stays as it is.
+                if self.optimizer.has_momenta(layer.spiel_deltas[self.adapter]):
+                    self._reselect_by_momenta(layer, n)
             elif self.windows[name].num_steps > 0:
                 self._reselect_by_gradients(layer, self.windows[name], n)
         self._check_agreement()
@@ -244,12 +229,3 @@ class Reselector:
         moved = change.move(layer.spiel_deltas[self.adapter].detach())
         layer.replace_support(self.adapter, change.indices, moved)
         return change
-
-
-def _config_of(model: nn.Module, adapter: str) -> SpielConfig:
-    """The adapter's configuration, which peft keeps on the tuner and on the model inside it."""
-    for module in model.modules():
-        config = vars(module).get("peft_config", {}).get(adapter)
-        if isinstance(config, SpielConfig):
-            return config
-    raise ValueError(f"the model has no SpielConfig of adapter {adapter!r}")

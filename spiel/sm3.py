@@ -93,8 +93,14 @@ class SpielSM3(SpielOptimizer):
         self, state: dict[str, Any], shape: Iterable[int], device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if "row" not in state:
-            state["row"], state["col"] = (torch.zeros(size, device=device) for size in shape)
+            state["row"], state["col"] = (
+                torch.zeros(size, dtype=torch.float32, device=device) for size in shape
+            )
         return state["row"], state["col"]
+
+    def has_momenta(self, parameter: torch.Tensor) -> bool:
+        """Whether this parameter has been updated, so that `momenta` can be asked for."""
+        return "row" in self.state.get(parameter, {})
 
     def momenta(self, parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The accumulators (row [rows], col [cols]) of a parameter of deltas.
@@ -104,7 +110,7 @@ class SpielSM3(SpielOptimizer):
         Raises:
             ValueError: the parameter has not been updated yet.
         """
-        state = self.state[parameter]
+        state = self.state.get(parameter, {})
         if "row" not in state:
             raise ValueError("SpielSM3 has not updated this parameter yet, so it has no momenta")
         return state["row"], state["col"]

@@ -17,7 +17,13 @@ def index_dtype(numel: int) -> torch.dtype:
 
 
 def check_support(indices: torch.Tensor, k: int, numel: int, where: str) -> None:
-    """Raises ValueError, naming `where`, unless this is a support of `k` of `numel` entries."""
+    """Raises ValueError, naming `where`, unless this is a support of `k` of `numel` entries.
+
+    TypeError if it is no tensor.
+    """
+    if not isinstance(indices, torch.Tensor):
+        kind = type(indices).__name__
+        raise TypeError(f"{where}: indices must be a tensor (torch.as_tensor), got {kind}")
     if indices.dim() != 1 or indices.is_floating_point():
         raise ValueError(f"{where}: indices must be a 1-D integer tensor, got {indices.dtype}")
     if len(indices) != k:

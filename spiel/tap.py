@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 
 class Tapped(Protocol):
@@ -53,3 +54,13 @@ class Tap(torch.autograd.Function):
             for adapter, needed in zip(ctx.adapters, ctx.needs_input_grad[4:], strict=True)
         ]
         return grad_out, None, None, None, *gradients
+
+
+def is_wanted(parameter: torch.Tensor) -> bool:
+    """Whether the backward pass under way gives `parameter` a gradient."""
+    if not parameter.requires_grad:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+    except RuntimeError:  # torch.autograd.grad names it as what it wants, or this is no backward
+        return True

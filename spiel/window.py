@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from spiel.distributed import average_
+from spiel.distributed import average_, on_any_rank
 from spiel.ops.blocked import largest_gradients
 
 #: A scale that is off by less is rounding.
 SCALE_TOLERANCE = 1e-5
 
+#: About so many entries of each active gradient tell the scale; never twice as many.
+SAMPLE_SIZE = 64
+
 
 class GradientWindow:
     """The gradients of a weight's growth candidates over a few optimizer steps.
 
-    The first micro-batch of the window chooses the candidates: the k largest |dL/dW| of the whole
-    weight. From then on, and for that micro-batch too, only their gradients are kept: summed over
-    the micro-batches of an optimizer step, and of these step gradients the sum and the sum of
-    squares over steps. Sums are fp32 whatever the model's dtype; steps are counted as an integer.
+    The first micro-batch of the window in which the weight has a gradient chooses the candidates:
+    the k largest |dL/dW| of the whole weight. A gradient that is 0 throughout (all labels masked,
+    an expert without tokens) or not finite cannot choose. From then on, and for that micro-batch
+    too, only the candidates' gradients are kept: summed over the micro-batches of an optimizer
+    step, and of these step gradients the sum and the sum of squares over steps. Sums are fp32
+    whatever the model's dtype; steps are counted as an integer.
 
     All of it is averaged over data-parallel ranks: the whole weight's gradient, block by block, on
     the micro-batch that chooses, and the candidates' gradients once in every optimizer step.
@@ -27,17 +33,22 @@ class GradientWindow:
     Memory: while open 8 bytes and an index for each candidate, 4 more from backward to step.
 
     Args:
-        num_candidates: k.
-        is_probe: also keep the gradient of the active weights, for `measure_scale`.
+        deltas: the Parameter [k] of the active weights; there are as many candidates.
+        may_choose: whether this backward pass may choose the candidates; `spiel.quorum` is one that
+            all ranks answer alike. It is asked in every call of `observe`.
     """
 
-    def __init__(self, num_candidates: int, is_probe: bool = False) -> None:
-        self.num_candidates = num_candidates
-        self.is_probe = is_probe
+    def __init__(
+        self,
+        deltas: torch.Tensor,
+        may_choose: Callable[[GradientWindow], bool] = lambda window: True,
+    ) -> None:
+        self.deltas = deltas
+        self._may_choose = may_choose
         self.num_steps = 0
-        self.active_gradient: torch.Tensor | None = None  # [k], of the step under way
         self.candidates: torch.Tensor | None = None  # [k] flat indices, sorted
         self.step_gradient: torch.Tensor | None = None  # [k], of the step under way
+        self.sample: torch.Tensor | None = None  # of the active weights' gradient, likewise
         self.sums: torch.Tensor | None = None  # [k]
         self.squares: torch.Tensor | None = None  # [k]
 
@@ -51,37 +62,29 @@ class GradientWindow:
         """Takes in one micro-batch, whose dL/dW is left.T @ right, with its entries [k] at the
         support and, once they are chosen, at the candidates.
         """
-        if self.is_probe:
-            self.active_gradient = _plus(self.active_gradient, active_gradient)
-        if candidate_gradient is None:
-            self.candidates, self.step_gradient = largest_gradients(
-                left_TR, right_TC, self.num_candidates, average_
-            )
-        else:
+        self.sample = _plus(self.sample, _sample(active_gradient))
+        may_choose = self._may_choose(self)
+        if candidate_gradient is not None:
             self.step_gradient = _plus(self.step_gradient, candidate_gradient)
+        elif may_choose:
+            self._choose(left_TR, right_TC)
 
-    def measure_scale(self, gradient: torch.Tensor) -> float:
-        """What became of the gradient between backward and the optimizer: `gradient` [k] of the
-        active weights, as the optimizer is about to see it, over what backward gave.
+    def _choose(self, left_TR: torch.Tensor, right_TC: torch.Tensor) -> None:
+        chosen, values = largest_gradients(left_TR, right_TC, len(self.deltas), average_)
+        if bool((values != 0).any()) and bool(values.isfinite().all()):
+            self.candidates, self.step_gradient = chosen, values
 
-        Clipping and the loss scaling of fp16 training change all gradients by one factor, so the
-        candidates' must change by it too. 1 where nothing can be said.
-        """
-        if self.active_gradient is None:
-            return 1.0
-        average_(self.active_gradient)
-        norm = self.active_gradient.square().sum()
-        scale = float((self.active_gradient * gradient).sum() / norm) if norm > 0 else 1.0
-        return 1.0 if abs(scale - 1.0) < SCALE_TOLERANCE else scale
-
-    def end_step(self, scale: float = 1.0) -> None:
-        """Closes an optimizer step, whose gradient the optimizer saw times `scale`."""
-        gradient, self.step_gradient, self.active_gradient = self.step_gradient, None, None
-        if gradient is None:
-            return
+    def step_mean(self) -> torch.Tensor:
+        """The gradient [k] of the step under way, averaged over ranks; ends that step."""
+        assert self.candidates is not None
+        gradient, self.step_gradient = self.step_gradient, None
+        if gradient is None:  # only other ranks had one
+            gradient = torch.zeros_like(self.candidates, dtype=torch.float32)
         average_(gradient)
-        if scale != 1.0:
-            gradient *= scale
+        return gradient
+
+    def add_step(self, gradient: torch.Tensor) -> None:
+        """Counts an optimizer step with this gradient [k] of the candidates, which it keeps."""
         if self.sums is None or self.squares is None:
             self.sums, self.squares = gradient, gradient.square()
         else:
@@ -91,7 +94,7 @@ class GradientWindow:
 
     def skip_step(self) -> None:
         """Forgets the step under way, which the optimizer did not take."""
-        self.step_gradient = self.active_gradient = None
+        self.step_gradient = self.sample = None
         if self.num_steps == 0:
             self.candidates = None
 
@@ -104,11 +107,74 @@ class GradientWindow:
             "squares": self.squares,
         }
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_steps = state["num_steps"]
         for name in ("candidates", "sums", "squares"):
             value = state[name]
-            setattr(self, name, None if value is None else value.to(device))
+            setattr(self, name, None if value is None else value.to(self.deltas.device))
+
+
+def measure_scale(windows: Sequence[GradientWindow]) -> float:
+    """What became of the gradient between backward and the optimizer: that of the active weights,
+    as the optimizer is about to see it, over what backward gave.
+
+    Clipping and the loss scaling of fp16 training change all gradients by one factor, so the
+    candidates' must change by it too. A few entries of every weight tell it, averaged over ranks
+    as the gradients are. 1 where nothing can be said.
+    """
+    pairs = [_before_and_after(window) for window in windows]
+    if not pairs:
+        return 1.0
+    device = pairs[0][0].device
+    before = torch.cat([part.to(device) for part, _ in pairs])
+    after = torch.cat([part.to(device) for _, part in pairs])
+    average_(before)
+    norm = float(before.square().sum())
+    scale = float((before * after).sum()) / norm if 0 < norm < float("inf") else 1.0
+    is_rounding = abs(scale - 1.0) < SCALE_TOLERANCE
+    return 1.0 if is_rounding or not abs(scale) < float("inf") else scale
+
+
+def _before_and_after(window: GradientWindow) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entries of the active gradient as backward gave it, and as it is now; 0 where there is none.
+
+    They are of one length on all ranks.
+    """
+    zeros = torch.zeros_like(_sample(window.deltas.detach()), dtype=torch.float32)
+    gradient = window.deltas.grad
+    if gradient is None:
+        return zeros, zeros
+    before = zeros if window.sample is None else window.sample
+    return before, _sample(gradient).float()
+
+
+def end_step(windows: Sequence[GradientWindow], scale: float = 1.0) -> None:
+    """Closes an optimizer step, whose gradient the optimizer saw times `scale`.
+
+    A weight's gradient that is not finite is no step: it may be of a backward pass that never
+    reached the optimizer, and would stay in the sums.
+    """
+    if not windows:
+        return
+    device = windows[0].deltas.device
+    has_gradient = on_any_rank([w.step_gradient is not None for w in windows], device)
+    seen = [window for window, has in zip(windows, has_gradient, strict=True) if has]
+    gradients = [window.step_mean().mul_(scale) for window in seen]
+    is_finite = [gradient.isfinite().all().to(device) for gradient in gradients]
+    # One transfer for all of them.
+    keeps = torch.stack(is_finite).tolist() if is_finite else []
+    for window, gradient, keep in zip(seen, gradients, keeps, strict=True):
+        if keep:
+            window.add_step(gradient)
+        else:
+            window.skip_step()
+    for window in windows:
+        window.sample = None
+
+
+def _sample(gradient: torch.Tensor) -> torch.Tensor:
+    """Every so many-th entry, so that the sample of a sum is the sum of the samples."""
+    return gradient[:: max(1, len(gradient) // SAMPLE_SIZE)]
 
 
 def _plus(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:

@@ -158,6 +158,8 @@ def _largest(
     """
     indices = torch.empty(0, dtype=torch.int64, device=device)
     values = torch.empty(0, dtype=torch.float32, device=device)
+    if k == 0:
+        return indices, values
     for start, stop in row_blocks(rows, cols):
         entries = block(start, stop)
         ranks = rank(entries)

@@ -6,6 +6,7 @@ from pathlib import Path
 import peft
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spiel
@@ -48,11 +49,51 @@ def deltas_after_training(growth, rank, world_size):
     return spiel.get_deltas(model)
 
 
+class Experts(nn.Module):
+    """Two layers with an expert between them that only some batches are sent to."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.expert, self.last = (nn.Linear(12, 12) for _ in range(3))
+
+    def forward(self, x, use_expert):
+        x = torch.tanh(self.first(x))
+        return self.last(torch.tanh(self.expert(x)) if use_expert else x)
+
+
+def deltas_of_experts(use, rank):
+    """The deltas after as many steps as `use` has, the expert being used where it says so."""
+    torch.manual_seed(0)
+    config = spiel.SpielConfig(
+        num_tunable_weights=90, reselection_steps=5, selection_accumulation_steps=3
+    )
+    model = peft.get_peft_model(Experts(), config)
+    parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = spiel.SpielAdamW(model, lr=0.01)
+    reselector = spiel.Reselector(parallel, optimizer, 14)
+    torch.manual_seed(rank)
+    for use_expert in use:
+        parallel(torch.randn(5, 12), use_expert).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        reselector.step()
+    return spiel.get_deltas(model)
+
+
 def main():
     growth, folder = sys.argv[1], Path(sys.argv[2])
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    torch.save(deltas_after_training(growth, rank, dist.get_world_size()), folder / f"{rank}.pt")
+    if growth == "experts":
+        in_turn = [(step + rank) % 2 == 0 for step in range(STEPS)]
+        deltas = {
+            f"{case}.{name}": values
+            for case, use in {"never at once": in_turn, "at once": [True, *in_turn]}.items()
+            for name, values in deltas_of_experts(use, rank).items()
+        }
+    else:
+        deltas = deltas_after_training(growth, rank, dist.get_world_size())
+    torch.save(deltas, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import spiel
+
 WORKER = Path(__file__).parent / "ddp_worker.py"
 
 
@@ -19,15 +21,29 @@ def load_worker():
     return module
 
 
+def run_ranks(what, folder):
+    """What each of two ranks wrote."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    here = str(Path(spiel.__file__).parents[1])  # the ranks import what this process imports
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": here}
+    subprocess.run([*command, WORKER, what, folder], check=True, timeout=200, env=environment)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
 @pytest.mark.parametrize("growth", ["ag", "ma"])
 def test_two_ranks_train_as_one_process(growth, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, WORKER, growth, tmp_path], check=True, timeout=200, env=environment)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    ranks = run_ranks(growth, tmp_path)
     alone = load_worker().deltas_after_training(growth, 0, 1)
     for name, (indices, values) in alone.items():
         for rank in ranks:
             assert torch.equal(rank[name][0], indices), name
             torch.testing.assert_close(rank[name][1], values, rtol=1e-3, atol=1e-6)
         assert torch.equal(ranks[0][name][1], ranks[1][name][1]), name
+
+
+def test_ranks_agree_though_some_have_no_use_for_a_module(tmp_path):
+    one, other = run_ranks("experts", tmp_path)
+    for name, (indices, values) in one.items():
+        assert torch.equal(other[name][0], indices), name
+        assert torch.equal(other[name][1], values), name
+        assert bool(values.any()), name

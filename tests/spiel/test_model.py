@@ -228,3 +228,33 @@ def test_which_adapter_is_meant_must_be_clear(two_layers, adapt):
         spiel.get_deltas(model, "third")
     with pytest.raises(ValueError, match="no active SpIEL adapter; it has: none"):
         spiel.get_deltas(two_layers())
+
+
+@pytest.mark.parametrize("adapter", ["default", "other"])
+def test_set_support_refuses_merged_adapters(two_layers, adapt, adapter):
+    model = adapt(two_layers())
+    model.add_adapter("other", spiel.SpielConfig(density=0.1))
+    x = torch.ones(1, 12)
+    out = model(x)
+    model.merge_adapter()
+    support = {name: indices for name, (indices, _) in spiel.get_deltas(model, adapter).items()}
+    with pytest.raises(RuntimeError, match="unmerge first"):
+        spiel.set_support(model, support, adapter)
+    assert torch.equal(model(x), out)
+
+
+def test_a_refused_set_support_changes_nothing(two_layers, adapt):
+    model = adapt(two_layers())
+    before = spiel.get_deltas(model)
+    support = {"first": before["first"][0], "second": before["second"][0].flip(0)}
+    with pytest.raises(ValueError, match="second: indices are unsorted"):
+        spiel.set_support(model, support)
+    assert torch.equal(spiel.get_deltas(model)["first"][1], before["first"][1])
+
+
+def test_set_support_wants_tensors(two_layers, adapt):
+    model = adapt(two_layers())
+    indices = spiel.get_deltas(model)["first"][0]
+    for wrong, kind in ((indices.tolist(), "list"), (indices.numpy(), "ndarray")):
+        with pytest.raises(TypeError, match=f"first: indices must be a tensor .* got {kind}"):
+            spiel.set_support(model, {"first": wrong})

@@ -74,7 +74,7 @@ def test_window_seeds_are_means_over_whole_optimizer_steps():
         for name, window in reselector.windows.items():
             numel = spiel_layers(model)[1][name].get_base_layer().weight.numel()
             torch.manual_seed(len(name))
-            window.candidates = torch.randperm(numel)[: window.num_candidates].sort().values
+            window.candidates = torch.randperm(numel)[: len(window.deltas)].sort().values
         data = batches(8, size=8)
         if accumulation > 1:
             data = data.view(8 * accumulation, 8 // accumulation, 8)
@@ -217,3 +217,77 @@ def test_close_leaves_no_trace_in_the_model():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
+
+
+def test_a_second_training_keeps_what_the_first_learned(tmp_path):
+    model, optimizer, reselector = make()
+    train(model, optimizer, reselector, batches(20))
+    reselector.close()
+    states = []
+    for loads in (False, True):
+        optimizer = spiel.SpielAdamW(model, lr=0.0)
+        reselector = spiel.Reselector(model, optimizer, 20)
+        if loads:  # the state of an interrupted training decides, not what the deltas are now
+            reselector.load_state_dict({**reselector.state_dict(), "is_random": True})
+        states.append(reselector.state_dict()["is_random"])
+        before = spiel.get_deltas(model)
+        train(model, optimizer, reselector, batches(3))
+        after = spiel.get_deltas(model)
+        reselector.close()
+        if not loads:
+            for name, (indices, values) in before.items():
+                kept = torch.isin(indices, after[name][0])
+                assert kept.float().mean() >= 1 - 0.2 * (1 - 3 / 20)
+                assert values[kept].square().sum() > 0.9 * values.square().sum()
+    assert states == [False, True]
+    assert any((values == 0).float().mean() > 0.4 for _, values in after.values())
+
+
+def test_merged_adapters_are_refused():
+    model, optimizer, reselector = make()
+    reselector.close()
+    model.merge_adapter()
+    with pytest.raises(
+        RuntimeError, match=r"q_proj has merged adapters \(default\); unmerge first"
+    ):
+        spiel.Reselector(model, optimizer, 20)
+
+
+def test_a_frozen_adapter_is_refused(tmp_path):
+    model, _, reselector = make()
+    reselector.close()
+    model.save_pretrained(tmp_path)
+    frozen = peft.PeftModel.from_pretrained(LlamaForCausalLM(LlamaConfig(**LLAMA)), tmp_path)
+    with pytest.raises(ValueError, match=r"frozen .* load it with is_trainable=True"):
+        spiel.Reselector(frozen, spiel.SpielAdamW(frozen.parameters()), 20)
+    with pytest.raises(ValueError, match=r"no parameter to train: .* is_trainable=True"):
+        spiel.SpielAdamW(frozen)
+
+
+class Bytes(torch.optim.SGD):
+    """Keeps a state that cannot follow a reselection, as 8-bit optimisers do."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["bytes"] = torch.zeros_like(parameter, dtype=torch.uint8)
+
+
+@pytest.mark.filterwarnings("ignore:Bytes knows no age")
+def test_an_optimizer_whose_state_cannot_follow_is_refused_after_its_first_step():
+    model, optimizer, reselector = make(optimizer=Bytes)
+    with pytest.raises(TypeError, match="Bytes keeps 'bytes' in a form that cannot follow"):
+        train(model, optimizer, reselector, batches(1))
+
+
+@pytest.mark.parametrize("optimizer", [spiel.SpielSM3, torch.optim.LBFGS])
+def test_ag_refuses_optimizers_without_state_for_each_weight(optimizer):
+    with pytest.raises(TypeError, match="growth 'ag' cannot use"):
+        make(optimizer=optimizer)
+
+
+@pytest.mark.parametrize("total_steps", [None, 6.5, "20"])
+def test_total_steps_must_be_an_integer(total_steps):
+    with pytest.raises(TypeError, match="total_steps must be an integer"):
+        make(total_steps=total_steps)

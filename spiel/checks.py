@@ -1,0 +1,73 @@
+"""What a Reselector asks of model and optimizer before it changes anything."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from spiel.config import SpielConfig
+from spiel.layer import SpielLinear
+from spiel.optim import SpielAdamW, check_state_moves
+from spiel.sm3 import SpielSM3
+
+Layers = Mapping[str, SpielLinear]
+
+
+def config_of(model: nn.Module, adapter: str) -> SpielConfig:
+    """The adapter's configuration, which peft keeps on the tuner and on the model inside it."""
+    for module in model.modules():
+        config = vars(module).get("peft_config", {}).get(adapter)
+        if isinstance(config, SpielConfig):
+            return config
+    raise ValueError(f"the model has no SpielConfig of adapter {adapter!r}")
+
+
+def check_layers(layers: Layers, adapter: str) -> None:
+    """Raises ValueError if the adapter is frozen, RuntimeError if adapters are merged."""
+    for name, layer in layers.items():
+        layer.refuse_merged()
+        if not layer.spiel_deltas[adapter].requires_grad:
+            raise ValueError(
+                f"the adapter {adapter!r} is frozen (the deltas of {name} do not require a "
+                "gradient): load it with is_trainable=True, or activate it with set_adapter"
+            )
+
+
+def check_optimizer(
+    optimizer: torch.optim.Optimizer, layers: Layers, adapter: str, growth: str
+) -> None:
+    """Raises unless the optimizer can train these deltas and serve this growth."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for layer_name, layer in layers.items():
+        if id(layer.spiel_deltas[adapter]) not in known:
+            raise ValueError(
+                f"the optimizer does not have the deltas of {layer_name}: make it after "
+                "get_peft_model, as spiel.SpielAdamW(model, lr=...)"
+            )
+    name = type(optimizer).__name__
+    if growth == "ma" and not isinstance(optimizer, SpielSM3):
+        raise TypeError(f"growth 'ma' reads the momenta of spiel.SpielSM3, got {name}")
+    if growth == "ag" and isinstance(optimizer, SpielSM3 | torch.optim.LBFGS):
+        raise TypeError(
+            f"growth 'ag' cannot use {name}, whose state is not one per weight: use "
+            "spiel.SpielAdamW (or growth 'ma' with spiel.SpielSM3)"
+        )
+    if growth == "ag" and not isinstance(optimizer, SpielAdamW):
+        warnings.warn(
+            f"{name} knows no age of single weights: grown weights start unseeded; "
+            "spiel.SpielAdamW is made for growth 'ag'",
+            stacklevel=4,
+        )
+
+
+def check_state(optimizer: torch.optim.Optimizer, layers: Layers, adapter: str) -> None:
+    """Raises TypeError if the optimizer keeps state that cannot follow a reselection.
+
+    An optimizer has state only once it has stepped, so that this cannot be known before.
+    """
+    if not isinstance(optimizer, SpielAdamW | SpielSM3):
+        for layer in layers.values():
+            check_state_moves(optimizer, layer.spiel_deltas[adapter])

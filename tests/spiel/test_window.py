@@ -1,0 +1,164 @@
+"""Growth windows: which micro-batch chooses the candidates, and what counts as a step."""
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import spiel
+from spiel.ops.blocked import largest_gradients
+from spiel.window import GradientWindow
+
+
+class Experts(nn.Module):
+    """Three layers, of which the middle one is left out when it is told so."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.expert, self.last = (nn.Linear(12, 12) for _ in range(3))
+
+    def forward(self, x, use_expert=True):
+        x = torch.tanh(self.first(x))
+        if use_expert:
+            x = torch.tanh(self.expert(x))
+        return self.last(x)
+
+
+NAMES = ["first", "expert", "last"]
+X = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+
+
+def make(growth="ag", num_deltas=(20, 5, 20), optimizer=None):
+    torch.manual_seed(0)
+    config = spiel.SpielConfig(
+        growth=growth,
+        target_modules=NAMES,
+        num_deltas=dict(zip(NAMES, num_deltas, strict=True)),
+        reselection_steps=5,
+        selection_accumulation_steps=3,
+    )
+    model = peft.get_peft_model(Experts(), config)
+    optimizer = optimizer or {"ag": spiel.SpielAdamW, "ma": spiel.SpielSM3}[growth]
+    optimizer = optimizer(model, lr=0.01)
+    return model, optimizer, spiel.Reselector(model, optimizer, 20)
+
+
+def step(optimizer, reselector):
+    optimizer.step()
+    optimizer.zero_grad()
+    reselector.step()
+
+
+def loss_of(model, x=X, **kwargs):
+    return model(x, **kwargs).square().sum()
+
+
+@pytest.mark.parametrize("x", [X * 0, X[:0], X * float("nan")], ids=["zero", "empty", "nan"])
+def test_a_micro_batch_without_a_gradient_does_not_choose(x):
+    model, optimizer, reselector = make()
+    (loss_of(model, x) * (0 if len(x) else 1)).backward()
+    assert all(window.candidates is None for window in reselector.windows.values())
+    optimizer.zero_grad()
+    loss_of(model).backward()
+    fresh, _, other = make()
+    loss_of(fresh).backward()
+    for name, window in reselector.windows.items():
+        assert torch.equal(window.candidates, other.windows[name].candidates)
+
+
+def test_a_weight_that_never_had_a_gradient_keeps_its_support():
+    model, optimizer, reselector = make()
+    before = spiel.get_deltas(model)
+    for _ in range(3):
+        (loss_of(model) * 0).backward()
+        step(optimizer, reselector)
+    for name, (indices, _) in spiel.get_deltas(model).items():
+        assert torch.equal(indices, before[name][0])
+
+
+def test_a_step_that_is_not_finite_does_not_count():
+    model, optimizer, reselector = make()
+    loss_of(model).backward()
+    step(optimizer, reselector)
+    (loss_of(model) * float("nan")).backward()
+    optimizer.zero_grad()  # the caller drops a bad batch, and tells nobody
+    loss_of(model).backward()
+    step(optimizer, reselector)
+    for window in reselector.windows.values():
+        assert window.num_steps == 1
+        assert bool(window.sums.isfinite().all())
+        assert bool(window.squares.isfinite().all())
+    loss_of(model).backward()
+    step(optimizer, reselector)
+    assert all(bool(v.isfinite().all()) for _, v in spiel.get_deltas(model).values())
+
+
+def test_gradients_of_inputs_alone_are_not_observed():
+    model, _, reselector = make()
+    x = X.clone().requires_grad_()
+    torch.autograd.grad(loss_of(model, x), x)
+    assert all(window.candidates is None for window in reselector.windows.values())
+    deltas = [p for p in model.parameters() if p.requires_grad]
+    torch.autograd.grad(loss_of(model, x), deltas)
+    assert all(window.candidates is not None for window in reselector.windows.values())
+
+
+def test_the_scale_is_measured_whichever_module_is_used():
+    sums = []
+    for scale in (1, 1024):
+        model, optimizer, reselector = make()
+        (loss_of(model, use_expert=False) * scale).backward()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= scale
+        step(optimizer, reselector)
+        sums.append(reselector.windows["last"].sums)
+    torch.testing.assert_close(*sums)
+
+
+def test_the_scale_of_one_step_does_not_reach_the_next():
+    model, optimizer, reselector = make()
+    loss_of(model).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    step(optimizer, reselector)
+    window = reselector.windows["last"]
+    before = window.sums.clone()
+    loss_of(model, use_expert=False).backward()
+    expected = window.step_gradient.clone()
+    step(optimizer, reselector)
+    torch.testing.assert_close(window.sums - before, expected)
+
+
+def test_a_window_keeps_a_small_sample_of_the_active_gradient():
+    for k in (1, 63, 64, 127, 1000, 100_000):
+        window = GradientWindow(torch.zeros(k))
+        window.observe(torch.ones(1, 400), torch.ones(1, 400), torch.ones(k), torch.ones(k))
+        assert 1 <= len(window.sample) < 128
+        window.skip_step()
+        assert window.sample is None
+
+
+@pytest.mark.parametrize("growth", ["ag", "ma"])
+def test_a_module_without_deltas_trains_and_reselects(growth):
+    model, optimizer, reselector = make(growth, num_deltas=(20, 0, 20))
+    for _ in range(9):
+        loss_of(model).backward()
+        step(optimizer, reselector)
+    assert len(spiel.get_deltas(model)["expert"][0]) == 0
+
+
+def test_no_candidates_of_no_deltas():
+    indices, values = largest_gradients(X, X, 0)
+    assert len(indices) == len(values) == 0
+
+
+@pytest.mark.parametrize("growth", ["ag", "ma"])
+def test_a_module_that_is_never_used_keeps_its_support(growth):
+    model, optimizer, reselector = make(growth)
+    before = spiel.get_deltas(model)
+    for _ in range(9):
+        loss_of(model, use_expert=False).backward()
+        step(optimizer, reselector)
+    after = spiel.get_deltas(model)
+    assert torch.equal(before["expert"][0], after["expert"][0])
+    assert not torch.equal(before["last"][0], after["last"][0])
