@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
-from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -83,7 +83,7 @@ def solve(count: Callable[[int], int], asked: int, largest: int, refusal: str) -
 
     falls = tally(1) > tally(largest)
     knobs = range(largest, 0, -1) if falls else range(1, largest + 1)
-    place = bisect_right(knobs, asked, key=tally)  # of the first that is too large
+    place = first_above(tally, knobs, asked)
     most = max((tally(knob) for knob in knobs[max(0, place - 1) : place + 1]), key=_if_finite)
     if most == float("inf"):
         count(1)  # raises what is wrong with every knob
@@ -92,6 +92,28 @@ def solve(count: Callable[[int], int], asked: int, largest: int, refusal: str) -
     reach = 8 if falls else 1
     near = knobs[max(0, place - reach) : place + reach]
     return min(near, key=lambda knob: abs(tally(knob) - asked))
+
+
+def first_above(tally: Callable[[int], float], knobs: Sequence[int], asked: float) -> int:
+    """The place in `knobs`, by which `tally` never falls, of the first that exceeds `asked`.
+
+    Guesses by a straight line, which most counts follow, and by halves in turn: few are counted.
+    """
+    low, high = 0, len(knobs) - 1
+    if tally(knobs[low]) > asked:
+        return low
+    if tally(knobs[high]) <= asked:
+        return len(knobs)
+    for turn in itertools.count():
+        if high - low == 1:
+            return high
+        below, above = tally(knobs[low]), tally(knobs[high])
+        guess = (low + high) // 2
+        if turn % 2 == 0 and above < float("inf"):
+            guess = low + int((high - low) * (asked - below) / (above - below))
+        guess = min(max(guess, low + 1), high - 1)
+        low, high = (low, guess) if tally(knobs[guess]) > asked else (guess, high)
+    raise AssertionError("unreachable")
 
 
 def _if_finite(count: float) -> float:

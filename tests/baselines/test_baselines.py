@@ -1,7 +1,12 @@
 """The baselines against what their names promise."""
 
+import math
+from bisect import bisect_right
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from baselines import sizing
@@ -136,6 +141,28 @@ def test_a_counter_counts_as_on_the_whole_model(peft_type, options):
         config = make_config(peft_type, {"r": rank, **options}, TARGETS)
         assert counter(config) == sizing.count_trainable(model, config)
     assert counter.are_alike is not bool(options)
+
+
+@given(
+    counts=st.lists(st.integers(0, 10**6) | st.just(math.inf), min_size=1, max_size=400),
+    asked=st.integers(0, 10**6),
+)
+def test_the_first_above_is_what_bisecting_finds(counts, asked):
+    counts.sort()
+    found = sizing.first_above(counts.__getitem__, range(len(counts)), asked)
+    assert found == bisect_right(counts, asked)
+
+
+@pytest.mark.parametrize("asked", [3, 40_960, 77_312, 10**6])
+def test_along_a_line_few_are_counted(asked):
+    counted = []
+
+    def tally(knob):
+        counted.append(knob)
+        return 1000 * knob
+
+    assert sizing.first_above(tally, range(1, 4097), asked) == asked // 1000
+    assert len(set(counted)) <= 6
 
 
 def test_a_size_is_solved_with_two_models_of_full_depth(monkeypatch):
