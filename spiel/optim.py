@@ -69,7 +69,7 @@ class SpielOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
+        state: dict[str, Any] = super().state_dict()
         if self.reselector_state is not None:
             state["reselector"] = self.reselector_state()
         return state
@@ -78,7 +78,11 @@ class SpielOptimizer(torch.optim.Optimizer):
         """Loads what `state_dict` gave, every tensor in the dtype it was saved in.
 
         torch's own loading casts state to the parameters' dtype, integers included.
+
+        Raises:
+            ValueError: it is the state of another kind of optimizer.
         """
+        self._check_loaded(state_dict)
         state_dict = dict(state_dict)
         self.loaded_reselector_state = state_dict.pop("reselector", None)
         super().load_state_dict(state_dict)
@@ -89,6 +93,22 @@ class SpielOptimizer(torch.optim.Optimizer):
                 if isinstance(value, torch.Tensor):
                     device = parameter.device if value.dim() > 0 else "cpu"
                     self.state[parameter][name] = value.detach().to(device, copy=True)
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        names = set(self.defaults) - {"differentiable"}  # torch's own, which no group has
+        for group in state_dict["param_groups"]:
+            missing = sorted(names - set(group))
+            if missing:
+                raise ValueError(
+                    f"the state is of another optimizer: it says nothing of {', '.join(missing)}; "
+                    f"load what a {type(self).__name__} saved"
+                )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch copies, pickles and loads nothing but its own attributes.
+        super().__setstate__(state)
+        self.__dict__.setdefault("reselector_state", None)
+        self.__dict__.setdefault("loaded_reselector_state", None)
 
 
 class SpielAdamW(SpielOptimizer):
@@ -122,11 +142,27 @@ class SpielAdamW(SpielOptimizer):
         weight_decay: float = 0.0,
         state_dtype: str = "float32",
     ) -> None:
-        self.state_dtype = check_state_dtype(state_dtype)
+        check_state_dtype(state_dtype)
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must each be in [0, 1), got {betas}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(model_or_params, defaults)
+        # Among the groups' values it is saved and copied with them.
+        super().__init__(model_or_params, {**defaults, "state_dtype": state_dtype})
+
+    @property
+    def state_dtype(self) -> str:
+        """How m and v are kept."""
+        dtype: str = self.defaults["state_dtype"]
+        return dtype
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        super()._check_loaded(state_dict)
+        saved = {group["state_dtype"] for group in state_dict["param_groups"]}
+        if saved != {self.state_dtype}:
+            raise ValueError(
+                f"the state was saved with state_dtype {', '.join(sorted(saved))}, but this "
+                f"SpielAdamW has {self.state_dtype}: make it with the state_dtype of the saved one"
+            )
 
     def update(self, parameters: Sequence[torch.Tensor], group: dict[str, Any]) -> None:
         for some in _bunches(parameters):
