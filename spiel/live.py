@@ -6,7 +6,8 @@ is lost to rounding and the pretrained weight can be put back bit for bit.
 
 Every forward pass rewrites the k entries, since deltas may change without a trace (raw memory);
 merged adapters are spared that, which suits generation. `state_dict`, copies and casts of a model
-see the pretrained weight; the Parameter itself shows the sums until something puts it back.
+see the pretrained weight; the Parameter itself shows the sums until something puts it back. Who
+averages all parameters must average the deltas alone, or do it with the adapter disabled.
 """
 
 from __future__ import annotations
