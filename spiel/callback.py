@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from spiel.optim import SpielOptimizer
+from spiel.optimizer import SpielOptimizer
 from spiel.reselector import Reselector
 
 

@@ -25,6 +25,27 @@ class Tapped(Protocol):
     ) -> torch.Tensor: ...
 
 
+class Observer(Protocol):
+    """Who watches a weight's gradient; `spiel.window.GradientWindow` is one."""
+
+    @property
+    def candidates(self) -> torch.Tensor | None:
+        """A support whose entries of the gradient it wants too."""
+        ...
+
+    def observe(
+        self,
+        left_TR: torch.Tensor,
+        right_TC: torch.Tensor,
+        active_gradient: torch.Tensor,
+        candidate_gradient: torch.Tensor | None,
+    ) -> None:
+        """Called in backward. left.T @ right is the weight's gradient; with it come its entries at
+        the support and at `candidates`, each [k].
+        """
+        ...
+
+
 class Tap(torch.autograd.Function):
     """Lets the base layer's output pass, and forms the gradients of the deltas going backward."""
 
