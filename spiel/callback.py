@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from spiel.optim import SpielOptimizer
+from spiel.optimizer import SpielOptimizer
 from spiel.reselector import Reselector
 
 
@@ -32,20 +32,19 @@ class SpielCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None and optimizer is not None
+        if self.reselector is not None:
+            self.reselector.close()
         reselector = Reselector(model, optimizer, state.max_steps, args.gradient_accumulation_steps)
         inner = reselector.optimizer
-        saved = inner.loaded_reselector_state if isinstance(inner, SpielOptimizer) else None
-        if saved is not None:
-            reselector.load_state_dict(saved)
-        if reselector.t != state.global_step:
-            raise ValueError(
-                f"training resumes at step {state.global_step}, but the state of the reselection "
-                f"is of step {reselector.t}: resume from a checkpoint that was saved with "
-                "SpielCallback and with SpielAdamW or SpielSM3"
-            )
+        if state.global_step > 0:
+            reselector.load_state_dict(_state_of_step(inner, state.global_step))
         if isinstance(inner, SpielOptimizer):
-            inner.reselector_state = reselector.state_dict
             inner.loaded_reselector_state = None
+            # fp16 training skips steps, so that these may be fewer than Trainer counts.
+            inner.reselector_state = lambda: {
+                **reselector.state_dict(),
+                "global_step": state.global_step,
+            }
         self.reselector = reselector
 
     def on_step_end(
@@ -62,3 +61,26 @@ class SpielCallback(TrainerCallback):
     ) -> None:
         if self.reselector is not None:
             self.reselector.close()
+            if isinstance(self.reselector.optimizer, SpielOptimizer):
+                self.reselector.optimizer.reselector_state = None
+            self.reselector = None
+
+
+def _state_of_step(optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
+    """The state of the reselection that was loaded with the optimizer.
+
+    Raises:
+        ValueError: there is none, or it is of another step.
+    """
+    state: dict[str, Any] | None = getattr(optimizer, "loaded_reselector_state", None)
+    if state is None or state.get("global_step") != step:
+        found = "none of the reselection"
+        if state is not None:
+            found = f"that of the reselection at step {state.get('global_step')}"
+        raise ValueError(
+            f"training resumes at step {step}, but the state that was loaded is {found}. Was the "
+            "checkpoint saved without the optimizer (save_only_model=True), with another than "
+            "SpielAdamW or SpielSM3, or without SpielCallback? Resume from another one, or train "
+            "its adapter anew: PeftModel.from_pretrained(base, checkpoint, is_trainable=True)"
+        )
+    return state

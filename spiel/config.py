@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from peft.config import PeftConfig
@@ -18,6 +19,10 @@ DEFAULT_DENSITY = 0.01
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} {value!r} is unknown, must be one of {', '.join(allowed)}")
+
+
+def _is_number(value: object, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclass
@@ -103,12 +108,14 @@ class SpielConfig(PeftConfig):
         return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
 
     def _check_budget(self) -> None:
-        if self.density is not None and not 0 < self.density <= 1:
-            raise ValueError(f"density must be in (0, 1], got {self.density}")
-        if self.num_tunable_weights is not None and self.num_tunable_weights < 1:
-            raise ValueError(
-                f"num_tunable_weights must be at least 1, got {self.num_tunable_weights}"
-            )
+        if self.density is not None and not (_is_number(self.density) and 0 < self.density <= 1):
+            raise ValueError(f"density must be a number in (0, 1], got {self.density!r}")
+        num = self.num_tunable_weights
+        if num is not None and not (_is_number(num, Integral) and num >= 1):
+            raise ValueError(f"num_tunable_weights must be an integer of at least 1, got {num!r}")
+        for name, k in (self.num_deltas or {}).items():
+            if not (_is_number(k, Integral) and k >= 0):
+                raise ValueError(f"num_deltas must be integers of at least 0, got {k!r} for {name}")
         if self.density is not None and self.num_tunable_weights is not None:
             raise ValueError("give density or num_tunable_weights, not both")
 

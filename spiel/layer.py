@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -20,30 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from spiel import ops
 from spiel.live import LiveEntries
 from spiel.support import check_loaded, check_support, index_dtype, random_support
-from spiel.tap import Tap, is_wanted
+from spiel.tap import Observer, Tap, is_wanted
 from spiel.targets import weight_shape
-
-
-class Observer(Protocol):
-    """Who watches a weight's gradient; `spiel.window.GradientWindow` is one."""
-
-    @property
-    def candidates(self) -> torch.Tensor | None:
-        """A support whose entries of the gradient it wants too."""
-        ...
-
-    def observe(
-        self,
-        left_TR: torch.Tensor,
-        right_TC: torch.Tensor,
-        active_gradient: torch.Tensor,
-        candidate_gradient: torch.Tensor | None,
-    ) -> None:
-        """Called in backward. left.T @ right is the weight's gradient; with it come its entries at
-        the support and at `candidates`, each [k].
-        """
-        ...
-
 
 #: The layer of every delta Parameter seen so far, for optimisers that need the weight's geometry.
 #: Beside the Parameters, not on them: a Parameter with a layer attached could not be pickled.

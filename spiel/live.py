@@ -6,7 +6,8 @@ is lost to rounding and the pretrained weight can be put back bit for bit.
 
 Every forward pass rewrites the k entries, since deltas may change without a trace (raw memory);
 merged adapters are spared that, which suits generation. `state_dict`, copies and casts of a model
-see the pretrained weight; the Parameter itself shows the sums until something puts it back.
+see the pretrained weight; the Parameter itself shows the sums until something puts it back. Who
+averages all parameters must average the deltas alone, or do it with the adapter disabled.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class LiveEntries:
         self.weight = weight
         self.supports = dict(supports)
         self._versions = self._read_versions()
+        self._address = weight.data_ptr()
         #: Flat indices of the entries, and for each adapter where in it its own are (None: all).
         self._places, self._slots = _union(list(self.supports.values()))
         self._originals = _read(weight, self._places)
@@ -48,6 +50,7 @@ class LiveEntries:
         """Whether this weight and these supports, in this order, are the ones it was made for."""
         return (
             self.weight is weight
+            and self._address == weight.data_ptr()
             and list(self.supports) == list(supports)
             and all(supports[name] is indices for name, indices in self.supports.items())
         )
@@ -73,11 +76,13 @@ class LiveEntries:
         _write(self.weight, self._places, self.entries(deltas))
 
     def put_back(self) -> None:
-        """Restores the pretrained entries.
+        """Restores the pretrained entries, unless the weight has been given other memory since.
 
         Raises:
             RuntimeError: a support was written into, so nobody knows where they belong.
         """
+        if self._address != self.weight.data_ptr():
+            return
         if self._versions != self._read_versions():
             raise RuntimeError(
                 "indices were written into while their deltas were in the weight; use "
@@ -86,11 +91,14 @@ class LiveEntries:
         _write(self.weight, self._places, self._originals)
 
     def _read_versions(self) -> list[int]:
-        return [indices._version for indices in self.supports.values()]
+        # What was made in inference mode counts no versions.
+        supports = self.supports.values()
+        return [0 if indices.is_inference() else indices._version for indices in supports]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Tensors that were copied or unpickled count their versions from 0 again.
+        # Tensors that were copied or unpickled stand elsewhere, and count versions from 0 again.
         self.__dict__.update(state)
+        self._address = self.weight.data_ptr()
         self._versions = self._read_versions()
 
 

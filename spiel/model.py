@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -34,9 +35,20 @@ class SpielModel(BaseTuner):
     tuner_layer_cls = SpielLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (peft's own declaration)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """What peft calls for every adapter that is made or loaded."""
+        # What injection fills in is of this model: the caller may use the config for another.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        return super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: Any, _: dict) -> SpielConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
+        elif not peft_config.target_modules:
+            raise ValueError(
+                f"target_modules {peft_config.target_modules!r} names no module; leave it out for "
+                "all linear ones"
+            )
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:

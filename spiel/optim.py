@@ -1,15 +1,16 @@
-"""Optimisers whose state follows each active weight through reselections."""
+"""SpielAdamW, whose state follows each active weight through reselections."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 
+from spiel.optimizer import SpielOptimizer
 from spiel.reselection import Exchange
 from spiel.state import check_state_dtype, fetch, store
 
@@ -21,74 +22,6 @@ BUNCH = 2**21
 
 #: The first and the second moment, as torch's own AdamW names them.
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class SpielOptimizer(torch.optim.Optimizer):
-    """What SpIEL's optimisers share: what they optimise, the loop of a step, and the state of the
-    Reselector, which travels in their state dict where Trainer's checkpoints keep it.
-
-    Args:
-        model_or_params: a model (its trainable parameters), parameters, or parameter groups.
-        defaults: values of each group; all but betas must not be negative.
-    """
-
-    def __init__(
-        self, model_or_params: nn.Module | Iterable[Any], defaults: dict[str, Any]
-    ) -> None:
-        for name in ("lr", "eps", "weight_decay"):
-            if defaults[name] < 0:
-                raise ValueError(f"{name} must not be negative, got {defaults[name]}")
-        if isinstance(model_or_params, nn.Module):
-            model_or_params = [p for p in model_or_params.parameters() if p.requires_grad]
-            if not model_or_params:
-                raise ValueError(
-                    "the model has no parameter to train: load its adapter with is_trainable=True, "
-                    "or activate it with set_adapter"
-                )
-        super().__init__(model_or_params, defaults)
-        #: Gives the Reselector's state to `state_dict`; set by whoever wants it saved here.
-        self.reselector_state: Callable[[], dict[str, Any]] | None = None
-        #: The Reselector's state that came with `load_state_dict`.
-        self.loaded_reselector_state: dict[str, Any] | None = None
-
-    @torch.no_grad()
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], float] | None = None
-    ) -> float | None:
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            self.update([p for p in group["params"] if p.grad is not None], group)
-        return loss
-
-    def update(self, parameters: Sequence[torch.Tensor], group: dict[str, Any]) -> None:
-        """Changes the parameters by their gradients."""
-        raise NotImplementedError
-
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        if self.reselector_state is not None:
-            state["reselector"] = self.reselector_state()
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave, every tensor in the dtype it was saved in.
-
-        torch's own loading casts state to the parameters' dtype, integers included.
-        """
-        state_dict = dict(state_dict)
-        self.loaded_reselector_state = state_dict.pop("reselector", None)
-        super().load_state_dict(state_dict)
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for key, parameter in zip(keys, parameters, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if isinstance(value, torch.Tensor):
-                    device = parameter.device if value.dim() > 0 else "cpu"
-                    self.state[parameter][name] = value.detach().to(device, copy=True)
 
 
 class SpielAdamW(SpielOptimizer):
@@ -122,11 +55,27 @@ class SpielAdamW(SpielOptimizer):
         weight_decay: float = 0.0,
         state_dtype: str = "float32",
     ) -> None:
-        self.state_dtype = check_state_dtype(state_dtype)
+        check_state_dtype(state_dtype)
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must each be in [0, 1), got {betas}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(model_or_params, defaults)
+        # Among the groups' values it is saved and copied with them.
+        super().__init__(model_or_params, {**defaults, "state_dtype": state_dtype})
+
+    @property
+    def state_dtype(self) -> str:
+        """How m and v are kept."""
+        dtype: str = self.defaults["state_dtype"]
+        return dtype
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        super()._check_loaded(state_dict)
+        saved = {group["state_dtype"] for group in state_dict["param_groups"]}
+        if saved != {self.state_dtype}:
+            raise ValueError(
+                f"the state was saved with state_dtype {', '.join(sorted(saved))}, but this "
+                f"SpielAdamW has {self.state_dtype}: make it with the state_dtype of the saved one"
+            )
 
     def update(self, parameters: Sequence[torch.Tensor], group: dict[str, Any]) -> None:
         for some in _bunches(parameters):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from spiel.layer import SpielLinear, layer_of
-from spiel.optim import SpielOptimizer
+from spiel.optimizer import SpielOptimizer
 from spiel.reselection import Exchange
 from spiel.support import split_index
 

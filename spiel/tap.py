@@ -9,6 +9,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
+from spiel.ops import forget_operands
+
 
 class Tapped(Protocol):
     """What backward asks of the layer; `spiel.layer.SpielLinear` is one."""
@@ -21,6 +23,27 @@ class Tapped(Protocol):
     def delta_gradient(
         self, adapter: str, x: torch.Tensor, grad_out: torch.Tensor
     ) -> torch.Tensor: ...
+
+
+class Observer(Protocol):
+    """Who watches a weight's gradient; `spiel.window.GradientWindow` is one."""
+
+    @property
+    def candidates(self) -> torch.Tensor | None:
+        """A support whose entries of the gradient it wants too."""
+        ...
+
+    def observe(
+        self,
+        left_TR: torch.Tensor,
+        right_TC: torch.Tensor,
+        active_gradient: torch.Tensor,
+        candidate_gradient: torch.Tensor | None,
+    ) -> None:
+        """Called in backward. left.T @ right is the weight's gradient; with it come its entries at
+        the support and at `candidates`, each [k].
+        """
+        ...
 
 
 class Tap(torch.autograd.Function):
@@ -45,6 +68,7 @@ class Tap(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        _forget_operands_at_the_end()
         # The base layer's backward comes next and reads the weight, which since the forward pass
         # may have been given to other adapters or been put back.
         if ctx.layer.live_adapters != ctx.adapters:
@@ -54,6 +78,18 @@ class Tap(torch.autograd.Function):
             for adapter, needed in zip(ctx.adapters, ctx.needs_input_grad[4:], strict=True)
         ]
         return grad_out, None, None, None, *gradients
+
+
+_backward_pass = -1
+
+
+def _forget_operands_at_the_end() -> None:
+    """Has the ops let go of what they keep for the next layer, once for each backward pass."""
+    global _backward_pass
+    under_way = torch._C._current_graph_task_id()
+    if under_way != _backward_pass:
+        _backward_pass = under_way
+        torch.autograd.Variable._execution_engine.queue_callback(forget_operands)
 
 
 def is_wanted(parameter: torch.Tensor) -> bool:

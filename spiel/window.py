@@ -30,7 +30,8 @@ class GradientWindow:
     All of it is averaged over data-parallel ranks: the whole weight's gradient, block by block, on
     the micro-batch that chooses, and the candidates' gradients once in every optimizer step.
 
-    Memory: while open 8 bytes and an index for each candidate, 4 more from backward to step.
+    Memory: while open 8 bytes and an index for each candidate, 4 more from backward to step, and
+    at most half a KiB of the active gradient.
 
     Args:
         deltas: the Parameter [k] of the active weights; there are as many candidates.

@@ -108,7 +108,7 @@ def sampled_gradients(
     """
     k = sum(len(support) for support in supports)
     if k == 0:
-        return [torch.zeros(0, device=left_TR.device) for _ in supports]
+        return [torch.zeros(0, dtype=torch.float32, device=left_TR.device) for _ in supports]
     numel = left_TR.shape[1] * right_TC.shape[1]
     name = choose_backend(left_TR.device, k, numel, left_TR.dtype)
     backend_calls[name] += 1

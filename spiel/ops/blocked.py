@@ -34,7 +34,9 @@ def row_blocks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
 
 
 def _product(left_TB: torch.Tensor, right_TC: torch.Tensor) -> torch.Tensor:
-    """left.T @ right with fp32 accumulation and an fp32 result."""
+    """left.T @ right with at least fp32 accumulation and an fp32 result."""
+    if left_TB.dtype == torch.float64:
+        return (left_TB.t() @ right_TC).float()
     if left_TB.dtype == torch.float32:
         return left_TB.t() @ right_TC
     if left_TB.is_cuda:
@@ -43,9 +45,9 @@ def _product(left_TB: torch.Tensor, right_TC: torch.Tensor) -> torch.Tensor:
 
 
 def _operands(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Brings both to the dtype the product is made in; CPUs get fp32, once for all blocks."""
+    """Brings both to the dtype the product is made in: on a CPU at least fp32, once for all."""
     right = right.to(left.dtype)
-    if left.dtype != torch.float32 and not left.is_cuda:
+    if left.dtype not in (torch.float32, torch.float64) and not left.is_cuda:
         right = right.float()
     return left, right
 
@@ -56,7 +58,10 @@ def sampled_gradients(
     """For each support [k] those entries of left.T @ right, in fp32."""
     left_TR, right_TC = _operands(left_TR, right_TC)
     rows, cols = left_TR.shape[1], right_TC.shape[1]
-    values = [torch.empty(len(indices), device=left_TR.device) for indices in supports]
+    values = [
+        torch.empty(len(indices), dtype=torch.float32, device=left_TR.device)
+        for indices in supports
+    ]
     blocks = list(row_blocks(rows, cols))
     edges = [start * cols for start, _ in blocks]
     cuts = [[*_kept_cuts(indices, edges), len(indices)] for indices in supports]

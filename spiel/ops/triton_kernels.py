@@ -139,7 +139,10 @@ def sampled_gradients(
     """
     _check_devices(left_TR, right_TC, *supports)
     if len(left_TR) == 0:
-        return [torch.zeros(len(indices), device=left_TR.device) for indices in supports]
+        return [
+            torch.zeros(len(indices), dtype=torch.float32, device=left_TR.device)
+            for indices in supports
+        ]
     left_RT = last_left(left_TR, left_TR.dtype, padded_transpose)
     right_CT = last_right(right_TC, right_TC.dtype, padded_transpose)
     return [_products(left_RT, right_CT, indices.contiguous()) for indices in supports]

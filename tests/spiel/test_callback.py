@@ -108,5 +108,49 @@ def test_resuming_without_the_state_of_the_reselection_is_refused(tmp_path):
     state = torch.load(checkpoint, weights_only=True)
     del state["reselector"]
     torch.save(state, checkpoint)
-    with pytest.raises(ValueError, match=r"resumes at step 4, but .* is of step 0"):
+    with pytest.raises(ValueError, match=r"resumes at step 4, but .* none of the reselection"):
         make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_resuming_without_the_optimizer_names_the_likely_cause(tmp_path):
+    with pytest.raises(Killed):
+        make_trainer(tmp_path, kill_at=4, save_only_model=True).train()
+    with pytest.raises(ValueError, match=r"save_only_model=True"):
+        make_trainer(tmp_path, save_only_model=True).train(resume_from_checkpoint=True)
+
+
+def test_a_run_that_skipped_a_step_is_resumed(tmp_path):
+    trainer = make_trainer(tmp_path, kill_at=6)
+    step = trainer.optimizer.step
+    skipped = [2]  # as fp16 training does after an overflow
+
+    def sometimes(*args, **kwargs):
+        skipped[0] -= 1
+        return None if skipped[0] == 0 else step(*args, **kwargs)
+
+    trainer.optimizer.step = sometimes
+    with pytest.raises(Killed):
+        trainer.train()
+    trainer = make_trainer(tmp_path)
+    close = spiel.Reselector.close
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spiel.Reselector, "close", lambda own: (steps.append(own.t), close(own)))
+        trainer.train(resume_from_checkpoint=True)
+    assert steps == [STEPS - 1]
+
+
+def test_an_optimizer_serves_a_second_training(tmp_path):
+    first = make_trainer(tmp_path, save_strategy="no")
+    first.train()
+    optimizer = getattr(first.optimizer, "optimizer", first.optimizer)
+    assert "reselector" not in optimizer.state_dict()
+    second = Trainer(
+        model=first.model,
+        args=first.args,
+        train_dataset=Tokens(),
+        callbacks=[spiel.SpielCallback()],
+        optimizers=(optimizer, None),
+    )
+    second.train()
+    assert len(losses(second)) == STEPS

@@ -1,5 +1,6 @@
 """SpielConfig: what it refuses, and that it comes back from a file as it went."""
 
+import dataclasses
 import json
 
 import peft
@@ -14,11 +15,15 @@ import spiel
         ({"growth": "rigged"}, "growth 'rigged' is unknown, must be one of ag, rigl, ma, sm3"),
         ({"reselection_rate_policy": "step"}, "must be one of linear, cosine"),
         ({"delta_dtype": "int8"}, "delta_dtype 'int8' is unknown, must be one of float32"),
-        ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
-        ({"density": -0.1}, r"density must be in \(0, 1\]"),
-        ({"density": 1.1}, r"density must be in \(0, 1\]"),
-        ({"density": float("nan")}, r"density must be in \(0, 1\]"),
-        ({"num_tunable_weights": 0}, "num_tunable_weights must be at least 1, got 0"),
+        ({"density": 0.0}, r"density must be a number in \(0, 1\], got 0.0"),
+        ({"density": -0.1}, r"density must be a number in \(0, 1\]"),
+        ({"density": 1.1}, r"density must be a number in \(0, 1\]"),
+        ({"density": float("nan")}, r"density must be a number in \(0, 1\]"),
+        ({"num_tunable_weights": 0}, "must be an integer of at least 1, got 0"),
+        ({"density": True}, "density must be a number in .* got True"),
+        ({"density": "auto"}, "density must be a number in .* got 'auto'"),
+        ({"num_tunable_weights": 1.5}, "must be an integer of at least 1, got 1.5"),
+        ({"num_deltas": {"a": -1}}, "must be integers of at least 0, got -1 for a"),
         ({"density": 0.1, "num_tunable_weights": 5}, "not both"),
         ({"selection_accumulation_steps": 20}, r"less than reselection_steps \(20\).*got 20"),
         ({"selection_accumulation_steps": 0}, "must be at least 1.*got 0"),
@@ -70,7 +75,8 @@ def test_a_config_comes_back_as_it_went(llama, tmp_path, values):
 
 def test_num_deltas_given_by_hand_are_saved_with_the_shapes(two_layers):
     config = spiel.SpielConfig(num_deltas={"first": 3, "second": 4})
-    peft.get_peft_model(two_layers(), config)
+    model = peft.get_peft_model(two_layers(), config)
+    config = model.peft_config["default"]
     assert config.to_dict()["weight_shapes"] == {"first": [16, 12], "second": [6, 16]}
 
 
@@ -82,3 +88,19 @@ def test_a_config_is_written_the_same_way_every_time(tmp_path):
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["target_modules"] == names
     assert saved["exclude_modules"] == ["a", "b", "c"]
+
+
+def test_injection_leaves_the_callers_config_alone(two_layers):
+    config = spiel.SpielConfig(density=0.1)
+    model = peft.get_peft_model(two_layers(), config)
+    model.add_adapter("other", dataclasses.replace(config, density=0.02))
+    model.add_adapter("third", config)
+    assert config.num_deltas is None
+    assert config.target_modules is None
+    totals = [sum(c.num_deltas.values()) for c in model.peft_config.values()]
+    assert totals == [30, 6, 30]  # of 310 parameters, rounded down for each module
+
+
+def test_a_target_list_without_names_is_refused(two_layers):
+    with pytest.raises(ValueError, match="names no module; leave it out for all"):
+        peft.get_peft_model(two_layers(), spiel.SpielConfig(density=0.1, target_modules=[]))

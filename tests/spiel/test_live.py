@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import spiel
+from spiel import ops
 from spiel.model import spiel_layers
+from spiel.ops import transposed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -152,3 +154,42 @@ def test_inference_mode_first_then_training(two_layers, adapt, assert_pristine):
     model(x).sum().backward()
     with model.disable_adapter():
         assert_pristine(model, base)
+
+
+def test_other_memory_given_to_a_live_weight_is_not_written_into(two_layers, adapt):
+    model = adapt(two_layers())
+    x = torch.ones(1, 12)
+    model(x)
+    layer = spiel_layers(model)[1]["first"]
+    new = torch.randn(16, 12)
+    layer.base_layer.weight.data = new.clone()
+    model(x)
+    layer.put_back()
+    assert torch.equal(layer.base_layer.weight, new)
+
+
+def test_an_adapter_is_made_and_used_in_inference_mode(two_layers, adapt):
+    base = two_layers()
+    x = torch.ones(1, 12)
+    plain = base(x)
+    with torch.inference_mode():
+        model = adapt(base)
+        out = model(x)
+        assert not torch.equal(out, plain)
+        with model.disable_adapter():
+            assert torch.equal(model(x), plain)
+        model.merge_adapter()
+        assert torch.equal(model(x), out)
+
+
+def test_operands_are_let_go_at_the_end_of_backward(adapt):
+    torch.manual_seed(0)
+    model = adapt(torch.nn.Sequential(torch.nn.Linear(256, 256)), density=0.01)
+    kept = []
+    deltas = spiel_layers(model)[1]["0"].spiel_deltas["default"]
+    with ops.use_backend("sampled"):
+        deltas.register_hook(lambda gradient: kept.append(transposed.last_left._copy is not None))
+        model(torch.randn(8, 256)).sum().backward()
+    assert kept == [True]
+    assert transposed.last_left._copy is None
+    assert transposed.last_right._copy is None

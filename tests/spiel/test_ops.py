@@ -181,3 +181,30 @@ def test_entries_are_written_to_the_same_bits_by_a_kernel_or_without(
     assert torch.equal(weight.reshape(-1), expected)
     by_kernel = ops.write_entries(weight, indices, deltas, deltas)
     assert by_kernel == (has_numba and is_contiguous and dtype == torch.float32)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_double_operands(backend):
+    left, right = operands(63, 17, 31, torch.float64)
+    indices = random_support(50, 17 * 31)
+    with ops.use_backend(backend):
+        values = ops.sampled_gradient(left, right, indices)
+    assert values.dtype == torch.float32
+    assert_close_rms(values, (left.T @ right).reshape(-1)[indices.long()], 1e-6)
+    indices, values = blocked.largest_gradients(left, right, 20)
+    assert torch.equal(values, (left.T @ right).float().reshape(-1)[indices.long()])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_fp32_whatever_the_default(backend):
+    left, right = operands(8, 5, 7)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with ops.use_backend(backend):
+            supports = [random_support(9, 35), random_support(0, 35)]
+            found = [*ops.sampled_gradients(left, right, supports)]
+            found += ops.sampled_gradients(left, right, supports[1:])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {values.dtype for values in found} == {torch.float32}

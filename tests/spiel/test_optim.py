@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -212,3 +215,63 @@ def test_parameters_that_are_no_deltas_train_too(optimizer):
 def test_bad_values_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         spiel.SpielAdamW([torch.nn.Parameter(torch.zeros(1))], **values)
+
+
+def stepped(optimizer, **options):
+    optimizer = optimizer([parameter_with_gradient([1.0] * 300, [0.1] * 300)], **options)
+    optimizer.step()
+    return optimizer
+
+
+def test_state_of_another_dtype_is_refused():
+    for saved in STATE_DTYPES:
+        state = stepped(spiel.SpielAdamW, state_dtype=saved).state_dict()
+        for own in STATE_DTYPES:
+            optimizer = stepped(spiel.SpielAdamW, state_dtype=own)
+            if own == saved:
+                optimizer.load_state_dict(state)
+                continue
+            with pytest.raises(ValueError, match=f"state_dtype {saved}, but .* has {own}"):
+                optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("other", [torch.optim.AdamW, torch.optim.SGD, spiel.SpielSM3])
+def test_state_of_another_optimizer_is_refused(other):
+    optimizer = stepped(spiel.SpielAdamW)
+    with pytest.raises(ValueError, match=r"of another optimizer: it says nothing of .*state_dtype"):
+        optimizer.load_state_dict(stepped(other).state_dict())
+    optimizer.step()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+@pytest.mark.parametrize("optimizer", [spiel.SpielAdamW, spiel.SpielSM3])
+def test_a_copy_goes_on_as_the_original(optimizer, duplicate):
+    original = stepped(optimizer)
+    twin = duplicate(original)
+    twin.load_state_dict(twin.state_dict())
+    parameters = [o.param_groups[0]["params"][0] for o in (original, twin)]
+    for own, parameter in zip((original, twin), parameters, strict=True):
+        parameter.grad = torch.full((300,), 0.2)
+        own.step()
+    assert torch.equal(*parameters)
+
+
+def test_bias_correction_is_kept_for_few_betas():
+    parameter = parameter_with_gradient([1.0], [0.1])
+    optimizer = spiel.SpielAdamW([parameter])
+    for step in range(20):
+        optimizer.param_groups[0]["betas"] = (0.9 - step / 100, 0.999)
+        optimizer.step()
+    assert optim._table.cache_info().currsize <= 8
+
+
+def test_sm3_accumulators_are_fp32_whatever_the_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        optimizer = spiel.SpielSM3([torch.nn.Parameter(torch.ones(3, 2))])
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(3, 2)
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    (state,) = optimizer.state.values()
+    assert {value.dtype for value in state.values()} == {torch.float32}
