@@ -70,7 +70,7 @@ class Reselector:
         self.t = 0
         self.windows: dict[str, GradientWindow] = {}
         self._scale = 1.0
-        self._optimizer_steps = 0
+        self._optimizer_steps = self._steps_under_way = 0
         self._hooks = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
@@ -94,7 +94,7 @@ class Reselector:
                 f"reselector.step() must follow each optimizer.step(); there were "
                 f"{self._optimizer_steps} optimizer steps since the last call"
             )
-        self._optimizer_steps = 0
+        self._optimizer_steps = self._steps_under_way = 0
         self.t += 1
         end_step(list(self.windows.values()), self._scale)
         if self.t == 1 or self.schedule.reselects(self.t):
@@ -141,11 +141,17 @@ class Reselector:
 
     # -- parts of a step --------------------------------------------------------------------
 
+    # A step that calls that of its base class is announced for each of them; it is one step.
+
     def _before_step(self, *_: Any) -> None:
-        self._scale = measure_scale(list(self.windows.values()))
+        self._steps_under_way += 1
+        if self._steps_under_way == 1:
+            self._scale = measure_scale(list(self.windows.values()))
 
     def _after_step(self, *_: Any) -> None:
-        self._optimizer_steps += 1
+        self._steps_under_way -= 1
+        if self._steps_under_way == 0:
+            self._optimizer_steps += 1
 
     @property
     def optimizer_has_stepped(self) -> bool:

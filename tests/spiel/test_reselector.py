@@ -264,6 +264,21 @@ def test_a_frozen_adapter_is_refused(tmp_path):
         spiel.SpielAdamW(frozen)
 
 
+class Derived(torch.optim.SGD):
+    """Calls its base's step, which torch announces too once there was a plain SGD."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.filterwarnings("ignore:Derived knows no age")
+def test_a_step_that_calls_its_bases_is_one_step():
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    model, optimizer, reselector = make(optimizer=Derived)
+    train(model, optimizer, reselector, batches(2))
+    assert reselector.t == 2
+
+
 class Bytes(torch.optim.SGD):
     """Keeps a state that cannot follow a reselection, as 8-bit optimisers do."""
 
