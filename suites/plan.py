@@ -120,9 +120,14 @@ def entry_named(method: str) -> Entry:
     return choose("method", method, METHODS)
 
 
+#: Forms of LoRA take its rates; of the floor nothing is trained, so any will do.
+AS_LORA = ("lora-bf16", "lora-dropout", "frozen")
+
+
 def stand_in(method: str, table: Mapping[str, Any]) -> str:
     """The method whose learning rates `method` takes: LoRA's for one of peft's that has none."""
-    return "lora" if method.startswith(PEFT) and method not in table else method
+    is_like = method.startswith(PEFT) or method in AS_LORA
+    return "lora" if is_like and method not in table else method
 
 
 def plan_search(suite: Suite, methods: Sequence[str], seeds: Iterable[int]) -> list[Cell]:
