@@ -135,9 +135,11 @@ def write_entries(
         import_module("spiel.ops.triton_kernels").write_entries(weight, indices, originals, deltas)
         return True
     is_fp32 = all(tensor.dtype == torch.float32 for tensor in tensors)
-    if weight.device.type == "cpu" and is_fp32 and weight.is_contiguous() and has_numba():
-        import_module("spiel.ops.compiled").write_entries(weight, indices, originals, deltas)
-        return True
+    is_large = weight.numel() >= CPU_MIN_NUMEL  # small models are spared numba's 60 MB of compiler
+    if weight.device.type == "cpu" and is_fp32 and is_large and weight.is_contiguous():
+        if has_numba():
+            import_module("spiel.ops.compiled").write_entries(weight, indices, originals, deltas)
+        return has_numba()
     return False
 
 

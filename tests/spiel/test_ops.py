@@ -171,6 +171,7 @@ def test_entries_are_written_to_the_same_bits_by_a_kernel_or_without(
     dtype, is_contiguous, has_numba, monkeypatch
 ):
     monkeypatch.setattr(ops, "has_numba", lambda: has_numba)
+    monkeypatch.setattr(ops, "CPU_MIN_NUMEL", 600)
     torch.manual_seed(0)
     weight = torch.randn(30, 20, dtype=dtype)
     weight = weight if is_contiguous else weight.t()
@@ -179,6 +180,8 @@ def test_entries_are_written_to_the_same_bits_by_a_kernel_or_without(
     expected[indices.long()] = (expected[indices.long()].float() + deltas).to(dtype)
     LiveEntries(weight, {"own": indices}).write({"own": deltas})
     assert torch.equal(weight.reshape(-1), expected)
+    small = torch.zeros(2, 3)
+    assert not ops.write_entries(small, torch.tensor([1]), torch.ones(1), torch.ones(1))
     by_kernel = ops.write_entries(weight, indices, deltas, deltas)
     assert by_kernel == (has_numba and is_contiguous and dtype == torch.float32)
 

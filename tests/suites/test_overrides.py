@@ -17,6 +17,7 @@ VALUES = {
     "task_folder": str(Path(__file__).parent),  # any folder
     "steps": 7,
     "limit": 5,
+    "batch_size": 5,
     "seq_len": 8,
     "dtype": "bfloat16",
     "quantize": "4bit",
@@ -57,7 +58,8 @@ def test_values_arrive():
         "4bit",
     )
     assert (changed.data.path, changed.data.max_length) == ("owner/data", 8)
-    assert (changed.recipe.num_steps, changed.recipe.gradient_checkpointing) == (7, True)
+    recipe = changed.recipe
+    assert (recipe.num_steps, recipe.batch_size, recipe.gradient_checkpointing) == (7, 5, True)
     assert (changed.limit, changed.device, changed.budget.density) == (5, "cpu", 0.01)
     assert changed.budget.target_modules == small_suite().budget.target_modules
 
