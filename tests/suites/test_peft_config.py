@@ -91,6 +91,4 @@ def test_missing_files_and_names_are_named(tmp_path):
         entry_of(f"peft:{tmp_path / 'nowhere.json'}")
     match = "unknown method 'lara'; choose from base, frozen, full, lora"
     with pytest.raises(ValueError, match=match):
-        ValueError, match="unknown method 'lara'; choose from base, frozen, full, lora"
-    ):
         entry_of("lara")
