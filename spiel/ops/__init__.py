@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -17,12 +17,8 @@ from importlib.util import find_spec
 import torch
 
 from spiel.ops import blocked, crossover, reference, sampled
+from spiel.ops.reference import SampledGradients
 from spiel.ops.transposed import forget_operands as forget_operands
-
-#: Of left [tokens, rows], right [tokens, cols] and supports, each [k]: for each support [k] values.
-SampledGradients = Callable[
-    [torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], list[torch.Tensor]
-]
 
 
 def _deferred(module: str) -> SampledGradients:
@@ -136,10 +132,10 @@ def write_entries(
         return True
     is_fp32 = all(tensor.dtype == torch.float32 for tensor in tensors)
     is_large = weight.numel() >= CPU_MIN_NUMEL  # small models are spared numba's 60 MB of compiler
-    if weight.device.type == "cpu" and is_fp32 and is_large and weight.is_contiguous():
-        if has_numba():
-            import_module("spiel.ops.compiled").write_entries(weight, indices, originals, deltas)
-        return has_numba()
+    is_suited = weight.device.type == "cpu" and is_fp32 and is_large and weight.is_contiguous()
+    if is_suited and has_numba():
+        import_module("spiel.ops.compiled").write_entries(weight, indices, originals, deltas)
+        return True
     return False
 
 

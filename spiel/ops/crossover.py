@@ -19,12 +19,10 @@ from pathlib import Path
 import torch
 
 from spiel.ops import blocked
+from spiel.ops.reference import SampledGradients
 from spiel.ops.timing import cuda_seconds
 from spiel.ops.transposed import forget_operands
 
-SampledGradients = Callable[
-    [torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], list[torch.Tensor]
-]
 #: Seconds that a call takes.
 Timer = Callable[[Callable[[], object]], float]
 

@@ -6,9 +6,14 @@ A linear layer with weight [rows, cols] has the gradient dW = left.T @ right, wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+
+#: Of left [tokens, rows], right [tokens, cols] and supports, each [k]: for each support [k] values.
+SampledGradients = Callable[
+    [torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], list[torch.Tensor]
+]
 
 
 def sampled_gradients(

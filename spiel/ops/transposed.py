@@ -19,8 +19,8 @@ class LastTransposed:
     """The transposed copy of the operand asked for last.
 
     The product wants both operands contiguous along tokens. Modules that share an input (query,
-    key and value; gate and up) ask for its copy one after the other, and so does a growth window.
-    Holds that operand and its copy until another is asked for, or `forget`.
+    key and value; gate and up) ask for its copy one after the other. Holds that operand and its
+    copy until another is asked for, or `forget`.
     """
 
     def __init__(self) -> None:
