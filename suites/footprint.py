@@ -6,8 +6,6 @@ Other forms of the same are the command's own flags: `--quantize 4bit`, `--gradi
 
 from __future__ import annotations
 
-import dataclasses
-
 from suites.instruction import LLAMA_PROJECTIONS
 from suites.methods import METHODS
 from suites.sources import RANDOM_TOKENS
@@ -22,38 +20,41 @@ VARIANTS = {
 }
 
 
-def footprint_suites() -> tuple[Suite, ...]:
-    """One suite a shape in bfloat16, sequences of 2048; `small` and `tiny` are for CPUs, in fp32.
+#: Two reselections of SpIEL, with a growth window before the second.
+NUM_STEPS = 40
 
-    Forty steps: two reselections of SpIEL, with a growth window before the second.
-    """
+
+def footprint_suites() -> tuple[Suite, ...]:
+    """One suite a shape: bfloat16, sequences of 2048; `small` and `tiny` are for CPUs, in fp32."""
     real = [
         _suite(suffix, shape, ModelSource(shape, shape_only=True), 2048, 64, "a cell takes hours")
         for suffix, shape in VARIANTS.items()
     ]
-    small = _suite("_small", "small", ModelSource("small", "float32", shape_only=True), 256, 8, "")
-    tiny = _suite("_tiny", "tiny", ModelSource("tiny", "float32", shape_only=True), 128, 8, "")
-    return (*real, _batched(small, 4), tiny)
-
-
-def _batched(suite: Suite, batch_size: int) -> Suite:
-    """The suite with `batch_size` sequences a step."""
-    recipe = dataclasses.replace(suite.recipe, batch_size=batch_size)
-    num_examples = suite.recipe.num_steps * batch_size
-    data = dataclasses.replace(suite.data, num_examples=num_examples)
-    return dataclasses.replace(suite, recipe=recipe, data=data)
+    small = ModelSource("small", "float32", shape_only=True)
+    tiny = ModelSource("tiny", "float32", shape_only=True)
+    return (
+        *real,
+        _suite("_small", "small", small, 256, 8, "", batch_size=4),
+        _suite("_tiny", "tiny", tiny, 128, 8, ""),
+    )
 
 
 def _suite(
-    suffix: str, shape: str, model: ModelSource, length: int, rank: int, cpu_note: str
+    suffix: str,
+    shape: str,
+    model: ModelSource,
+    length: int,
+    rank: int,
+    cpu_note: str,
+    batch_size: int = 1,
 ) -> Suite:
     return Suite(
         name=f"footprint{suffix}",
         description=f"time and memory in the shape of {shape}, random weights, no download",
         model=model,
-        data=DataSource(RANDOM_TOKENS, max_length=length, num_examples=40),
+        data=DataSource(RANDOM_TOKENS, max_length=length, num_examples=NUM_STEPS * batch_size),
         tasks=(),
-        recipe=Recipe(num_steps=40, batch_size=1),
+        recipe=Recipe(num_steps=NUM_STEPS, batch_size=batch_size),
         budget=Budget(lora_rank=rank, target_modules=LLAMA_PROJECTIONS),
         # What is learnt is noise: a rate small enough to leave every method finite.
         tunings={name: Tuning(1e-6) for name, entry in METHODS.items() if entry.trains},

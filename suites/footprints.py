@@ -38,13 +38,14 @@ AXES: dict[str, tuple[Any, ...]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = make_parser().parse_args(argv)
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
     try:
         suite = choose("suite", arguments.suite, SUITES)
         methods = parse_methods(arguments.methods, suite)
         names = axes(arguments.vary)
     except ValueError as error:
-        make_parser().error(str(error))
+        parser.error(str(error))
     status = 0
     for setting in settings(names):
         status = max(status, run.main(command(suite, methods, setting, arguments.out)))
