@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -104,16 +103,16 @@ def first_above(tally: Callable[[int], float], knobs: Sequence[int], asked: floa
         return low
     if tally(knobs[high]) <= asked:
         return len(knobs)
-    for turn in itertools.count():
-        if high - low == 1:
-            return high
+    is_lines_turn = True
+    while high - low > 1:
         below, above = tally(knobs[low]), tally(knobs[high])
         guess = (low + high) // 2
-        if turn % 2 == 0 and above < float("inf"):
+        if is_lines_turn and above < float("inf"):
             guess = low + int((high - low) * (asked - below) / (above - below))
         guess = min(max(guess, low + 1), high - 1)
         low, high = (low, guess) if tally(knobs[guess]) > asked else (guess, high)
-    raise AssertionError("unreachable")
+        is_lines_turn = not is_lines_turn
+    return high
 
 
 def _if_finite(count: float) -> float:
