@@ -19,17 +19,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-#: What every cell imports sooner or later; none of it may start threads or touch a GPU.
-PRELOADED = (
-    "suites.cell",
-    "transformers.models.llama.modeling_llama",
-    "peft",
-    "spiel.ops.compiled",  # where numba is installed
-    "lm_eval.models.huggingface",
-    "lm_eval.tasks",
-)
-
-
 #: What children get to end by themselves before they are ended.
 GRACE_SECONDS = 3
 
@@ -42,7 +31,7 @@ def context(log: Path) -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     chosen = multiprocessing.get_context("forkserver")
-    chosen.set_forkserver_preload(list(PRELOADED))
+    chosen.set_forkserver_preload(["suites.libraries"])
     from multiprocessing import forkserver
 
     with _output_to(log):
