@@ -8,7 +8,7 @@ quickstart: .venv/installed
 	$(RUN) suites.run quickstart --methods base,full,lora,spiel
 
 test: lint
-	$(RUN) pytest
+	$(RUN) pytest -n 2 --dist worksteal
 
 bench: .venv/installed
 	$(RUN) pytest tests/benchmarks -s --benchmark-json=results/benchmarks.json

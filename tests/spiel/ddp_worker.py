@@ -81,18 +81,16 @@ def deltas_of_experts(use, rank):
 
 
 def main():
-    growth, folder = sys.argv[1], Path(sys.argv[2])
+    folder = Path(sys.argv[1])
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    if growth == "experts":
-        in_turn = [(step + rank) % 2 == 0 for step in range(STEPS)]
-        deltas = {
-            f"{case}.{name}": values
-            for case, use in {"never at once": in_turn, "at once": [True, *in_turn]}.items()
-            for name, values in deltas_of_experts(use, rank).items()
-        }
-    else:
-        deltas = deltas_after_training(growth, rank, dist.get_world_size())
+    deltas = {
+        growth: deltas_after_training(growth, rank, dist.get_world_size())
+        for growth in ("ag", "ma")
+    }
+    in_turn = [(step + rank) % 2 == 0 for step in range(STEPS)]
+    for case, use in {"never at once": in_turn, "at once": [True, *in_turn]}.items():
+        deltas[case] = deltas_of_experts(use, rank)
     torch.save(deltas, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -21,28 +21,31 @@ def load_worker():
     return module
 
 
-def run_ranks(what, folder):
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
     """What each of two ranks wrote."""
+    folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     here = str(Path(spiel.__file__).parents[1])  # the ranks import what this process imports
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": here}
-    subprocess.run([*command, WORKER, what, folder], check=True, timeout=200, env=environment)
+    subprocess.run([*command, WORKER, folder], check=True, timeout=200, env=environment)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("growth", ["ag", "ma"])
-def test_two_ranks_train_as_one_process(growth, tmp_path):
-    ranks = run_ranks(growth, tmp_path)
+def test_two_ranks_train_as_one_process(growth, ranks):
+    one, other = (rank[growth] for rank in ranks)
     alone = load_worker().deltas_after_training(growth, 0, 1)
     for name, (indices, values) in alone.items():
-        for rank in ranks:
+        for rank in (one, other):
             assert torch.equal(rank[name][0], indices), name
             torch.testing.assert_close(rank[name][1], values, rtol=1e-3, atol=1e-6)
-        assert torch.equal(ranks[0][name][1], ranks[1][name][1]), name
+        assert torch.equal(one[name][1], other[name][1]), name
 
 
-def test_ranks_agree_though_some_have_no_use_for_a_module(tmp_path):
-    one, other = run_ranks("experts", tmp_path)
+@pytest.mark.parametrize("case", ["never at once", "at once"])
+def test_ranks_agree_though_some_have_no_use_for_a_module(case, ranks):
+    one, other = (rank[case] for rank in ranks)
     for name, (indices, values) in one.items():
         assert torch.equal(other[name][0], indices), name
         assert torch.equal(other[name][1], values), name

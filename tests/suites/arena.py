@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -85,8 +86,16 @@ def cell(method: str = "lora", seed: int = 0, suite: Suite | None = None, **chan
 
 def still_running(family: list[psutil.Process], seconds: float = 10) -> list[psutil.Process]:
     """Those of `family` that have not ended after so long; a container may leave zombies."""
-    _, alive = psutil.wait_procs(family, timeout=seconds)
-    return [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
+    deadline = time.monotonic() + seconds
+    while (left := [each for each in family if _runs(each)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 ENVIRONMENT = Environment(

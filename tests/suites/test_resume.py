@@ -115,7 +115,7 @@ def test_ctrl_c_and_resumed_is_as_never_interrupted(tmp_path, world_cache):
         assert first.poll() is None, first.stderr.read()
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGINT)  # a terminal sends it to all processes of the command
-    _, told = first.communicate(timeout=30)
+    _, told = first.communicate(timeout=60)
     assert (first.returncode, "the same command continues" in told) == (130, True)
     stopped = record.read(of.record_path(out))
     assert (stopped.status, stopped.reason) == ("interrupted", "stopped by the user")

@@ -50,7 +50,7 @@ def test_a_second_runner_leaves_cells_in_work_alone(start, tmp_path):
     first = start()
     wait_for(first, "lora seed 0: train")
     second = start()
-    printed, told = second.communicate(timeout=60)
+    printed, told = second.communicate(timeout=120)
     assert "1 of 2 cells are finished and skipped" in told
     assert "lora seed 0: skipped: in work by another run" in told
     assert second.returncode == 1  # the table is not whole
@@ -98,7 +98,7 @@ def test_ctrl_c_stops_the_child_and_leaves_the_rest_to_a_second_start(tmp_path, 
             break
     family = psutil.Process(long.pid).children(recursive=True)
     long.send_signal(signal.SIGINT)
-    assert long.wait(timeout=30) == 130
+    assert long.wait(timeout=60) == 130
     assert "the same command continues" in long.stderr.read()
     assert still_running(family) == []
     folder = tmp_path / "records" / "small-steps100000" / "world"
