@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -188,9 +189,11 @@ class SpielLinear(nn.Module, BaseTunerLayer):
     @torch.compiler.disable  # what is live, and the graph of the deltas, are no matter of tracing
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output [..., out_features] with the active adapters' deltas."""
-        self.make_live()
-        out = self.base_layer(x, *args, **kwargs)
-        return out if self.merged else self.tap(out, x, tuple(self._wanted()))
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        adapters = tuple(self._wanted())
+        self.make_live(adapters)
+        return self.tap(self.base_layer(x, *args, **kwargs), x, adapters)
 
     def tap(self, out: torch.Tensor, x: torch.Tensor, adapters: tuple[str, ...]) -> torch.Tensor:
         """`out`, with what gives the deltas of `adapters` their gradients in its history."""
@@ -207,8 +210,7 @@ class SpielLinear(nn.Module, BaseTunerLayer):
         left, right = grad_out.reshape(-1, grad_out.shape[-1]), x.reshape(-1, x.shape[-1])
         if isinstance(self.base_layer, Conv1D):
             left, right = right, left
-        # An autocast around the caller's backward would turn fp32 sums into bf16 ones.
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             observer = self._observer(adapter)
             candidates = None if observer is None else observer.candidates
             supports = [self.spiel_indices[adapter]]
@@ -318,6 +320,13 @@ def layer_of(parameter: torch.Tensor) -> tuple[SpielLinear, str] | None:
         if deltas is parameter:
             return layer, adapter
     return None
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """An autocast around the caller's backward would turn fp32 sums into bf16 ones."""
+    if torch.is_autocast_enabled(device_type):  # making another takes longer than asking
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _put_back_before_saving(layer: SpielLinear, *_: Any) -> None:

@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate
 
 import numba
 import numpy as np
 import torch
 
-#: Tokens of a slab: multiples of a vector register's width.
-MAX_SLAB, MIN_SLAB = 128, 16
-#: What the two transposed slabs of a thread may take, of the last level of cache.
-SLAB_BYTES = 2**22
+from spiel.ops.tile import TILE, transpose_tile
+
+#: Tokens of a slab: so few that it stays near, so many that a dot product pays for its last sum.
+SLAB = 64
+
+#: fp32 values in a line of the cache.
+_LINE = 16
 
 #: Sums may be reordered and fused; unlike full "fast math" this keeps NaN and infinity.
 _REORDERED = {"reassoc", "contract", "nsz"}
-
-#: Rows and columns that are transposed together: fp32 values in a vector register.
-_TILE = 8
 
 
 @numba.njit(nogil=True, cache=True)
@@ -42,24 +42,22 @@ def _positions(indices, cols, pointers, columns):  # type: ignore[no-untyped-def
 @numba.njit(nogil=True, cache=True)
 def _transpose(x_TN, start, stop, out_NS):  # type: ignore[no-untyped-def]
     """Tokens start to stop of x as columns of `out`, whose other columns become 0."""
-    width = x_TN.shape[1]
-    for top in range(start, stop, _TILE):
-        for left in range(0, width, _TILE):
-            if top + _TILE <= stop and left + _TILE <= width:
-                for t in range(_TILE):  # of constant lengths, so that it is done in registers
-                    for n in range(_TILE):
-                        out_NS[left + n, top - start + t] = x_TN[top + t, left + n]
-            else:
-                for t in range(top, min(top + _TILE, stop)):
-                    for n in range(left, min(left + _TILE, width)):
-                        out_NS[n, t - start] = x_TN[t, n]
-    out_NS[:, stop - start :] = 0
+    width, length = x_TN.shape[1], stop - start
+    # Two tiles below each other: a row of them fills a line of the cache.
+    wide, tall = width // TILE * TILE, length // (2 * TILE) * (2 * TILE)
+    for top in range(0, tall, 2 * TILE):
+        for left in range(0, wide, TILE):
+            transpose_tile(x_TN, start + top, left, out_NS, left, top)  # type: ignore[call-arg]
+            transpose_tile(x_TN, start + top + TILE, left, out_NS, left, top + TILE)
+    for t in range(length):
+        for n in range(wide if t < tall else 0, width):
+            out_NS[n, t] = x_TN[start + t, n]
+    out_NS[:, length:] = 0
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_REORDERED)
 def _add_products(left_RS, right_CS, pointers, columns, sums):  # type: ignore[no-untyped-def]
     """Adds to `sums` [k] the dot products of the entries' rows and columns, four at a time."""
-    width = left_RS.shape[1]
     for row in range(len(pointers) - 1):
         e, end = pointers[row], pointers[row + 1]
         a = left_RS[row]
@@ -67,7 +65,7 @@ def _add_products(left_RS, right_CS, pointers, columns, sums):  # type: ignore[n
             b0, b1 = right_CS[columns[e]], right_CS[columns[e + 1]]
             b2, b3 = right_CS[columns[e + 2]], right_CS[columns[e + 3]]
             s0 = s1 = s2 = s3 = np.float32(0)
-            for t in range(width):
+            for t in range(SLAB):
                 s0 += a[t] * b0[t]
                 s1 += a[t] * b1[t]
                 s2 += a[t] * b2[t]
@@ -80,7 +78,7 @@ def _add_products(left_RS, right_CS, pointers, columns, sums):  # type: ignore[n
         while e < end:
             b0 = right_CS[columns[e]]
             s0 = np.float32(0)
-            for t in range(width):
+            for t in range(SLAB):
                 s0 += a[t] * b0[t]
             sums[e] += s0
             e += 1
@@ -88,13 +86,13 @@ def _add_products(left_RS, right_CS, pointers, columns, sums):  # type: ignore[n
 
 @numba.njit(nogil=True, cache=True, parallel=True)
 def _products(left_TR, right_TC, indices, bounds, slabs):  # type: ignore[no-untyped-def]
-    """Each thread's share [threads, k] of the entries of left.T @ right at `indices` [k]: several
-    supports in a row, the s-th of them from bounds[s] to bounds[s + 1].
+    """The entries [k] of left.T @ right at `indices` [k]: several supports in a row, the s-th of
+    them from bounds[s] to bounds[s + 1].
 
-    `slabs` [threads, rows + cols, tokens of a slab] is workspace.
+    `slabs` [threads, rows + cols, SLAB] is workspace.
     """
     tokens, rows, cols = left_TR.shape[0], left_TR.shape[1], right_TC.shape[1]
-    num_threads, _, slab = slabs.shape
+    num_threads = len(slabs)
     num_supports = len(bounds) - 1
     pointers = np.zeros((num_supports, rows + 1), np.int64)
     columns = np.empty(len(indices), np.int32)
@@ -106,33 +104,35 @@ def _products(left_TR, right_TC, indices, bounds, slabs):  # type: ignore[no-unt
     for thread in numba.prange(num_threads):
         left_RS, right_CS = slabs[thread, :rows], slabs[thread, rows:]
         end = min(tokens, (thread + 1) * share)
-        for start in range(thread * share, end, slab):
-            stop = min(start + slab, end)
+        for start in range(thread * share, end, SLAB):
+            stop = min(start + SLAB, end)
             _transpose(left_TR, start, stop, left_RS)
             _transpose(right_TC, start, stop, right_CS)
             for s in range(num_supports):
                 lo, hi = bounds[s], bounds[s + 1]
                 _add_products(left_RS, right_CS, pointers[s], columns[lo:hi], sums[thread, lo:hi])
-    return sums
+    for thread in range(1, num_threads):
+        sums[0] += sums[thread]
+    return sums[0]
 
 
 def sampled_gradients(
     left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """For each support [k] those entries of left.T @ right, in fp32."""
-    bounds = np.cumsum([0, *(len(support) for support in supports)])
+    sizes = [len(support) for support in supports]
     indices = supports[0] if len(supports) == 1 else torch.cat(list(supports))
-    num_threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    numba.set_num_threads(num_threads)
-    sums = _products(
+    entries = _products(
         left_TR.detach().float().contiguous().numpy(),
         right_TC.detach().float().contiguous().numpy(),
         indices.contiguous().numpy(),
-        bounds,
-        _workspace(num_threads, left_TR.shape[1] + right_TC.shape[1]),
+        np.array([0, *accumulate(sizes)]),
+        _workspace(_num_threads(), left_TR.shape[1] + right_TC.shape[1]),
     )
+    if len(supports) == 1:
+        return [torch.from_numpy(entries)]
     # Each support's in memory of its own: the gradient of the deltas outlives the candidates'.
-    return [torch.from_numpy(sums[:, lo:hi].sum(0)) for lo, hi in pairwise(bounds)]
+    return [own.clone() for own in torch.from_numpy(entries).split(sizes)]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -154,24 +154,28 @@ def write_entries(
 
 
 class _Kept(threading.local):
-    """A buffer that outlives a call: memory fresh from the system costs more than the product."""
+    """What outlives a call: memory fresh from the system costs more than the product does."""
 
     values = np.empty(0, np.float32)
+    asked = num_threads = 0
 
 
 _kept = _Kept()
 
 
 def _workspace(num_threads: int, width: int) -> np.ndarray:
-    """[threads, width, tokens of a slab]"""
-    slab = _slab(width)
-    size = num_threads * width * slab
+    """[threads, width, SLAB], each row of which begins a line of the cache."""
+    size = num_threads * width * SLAB
     if len(_kept.values) < size:
-        _kept.values = np.empty(size, np.float32)
-    return _kept.values[:size].reshape(num_threads, width, slab)
+        values = np.empty(size + _LINE, np.float32)
+        _kept.values = values[-(values.ctypes.data // 4) % _LINE :]
+    return _kept.values[:size].reshape(num_threads, width, SLAB)
 
 
-def _slab(width: int) -> int:
-    """How many tokens of `width` rows and columns fit a thread's cache."""
-    fitting = SLAB_BYTES // (4 * width) // MIN_SLAB * MIN_SLAB
-    return max(MIN_SLAB, min(MAX_SLAB, fitting))
+def _num_threads() -> int:
+    """As many as torch uses, if numba has them."""
+    if _kept.asked != torch.get_num_threads():
+        _kept.asked = torch.get_num_threads()
+        _kept.num_threads = min(_kept.asked, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        numba.set_num_threads(_kept.num_threads)
+    return _kept.num_threads
