@@ -13,7 +13,7 @@ from numbers import Integral
 
 import torch
 
-from spiel.support import contains
+from spiel.support import find
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def grow_by_gradients(
     """
     staying = torch.ones(len(indices), dtype=torch.bool, device=indices.device)
     staying[dropped] = False
-    free = contains(indices[staying], candidates).logical_not_().nonzero().squeeze(1)
+    slots, is_active = find(indices, candidates)
+    free = (is_active & staying[slots]).logical_not_().nonzero().squeeze(1)
     return free[_least(-gradient_sums[free].abs(), len(dropped))]
 
 
@@ -121,12 +122,14 @@ def exchange(indices: torch.Tensor, dropped: torch.Tensor, entering: torch.Tenso
     """Puts the flat indices `entering` in the place of those in the slots `dropped`.
 
     Both come in order of preference. An index in both lists stays exactly as it is; the others
-    enter in pairs, until either list ends.
+    enter in pairs, until either list ends. Of active indices only those in `dropped` may enter.
     """
     entering = entering.to(indices.dtype)
-    leaving = indices[dropped]
-    slots = dropped[contains(entering.sort().values, leaving).logical_not_()]
-    fresh = entering[contains(leaving.sort().values, entering).logical_not_()]
+    at, is_active = find(indices, entering)
+    is_kept = torch.zeros(len(indices), dtype=torch.bool, device=indices.device)
+    is_kept[at[is_active]] = True
+    slots = dropped[is_kept[dropped].logical_not_()]
+    fresh = entering[is_active.logical_not_()]
     num = min(len(slots), len(fresh))
     changed = indices.clone()
     changed[slots[:num]] = fresh[:num]

@@ -16,6 +16,7 @@ from spiel.optim import SpielAdamW, move_state
 from spiel.quorum import Quorum
 from spiel.reselection import Exchange, Schedule, drop, exchange, grow_by_gradients
 from spiel.sm3 import SpielSM3
+from spiel.support import find
 from spiel.window import GradientWindow, end_step, measure_scale
 
 
@@ -213,8 +214,7 @@ class Reselector:
         change = self._exchange(layer, dropped, candidates[grown])
         if isinstance(self.optimizer, SpielAdamW):
             # Where each entry of the new support stands among the candidates; read if grown.
-            at = torch.searchsorted(candidates, change.indices.to(candidates.dtype))
-            at.clamp_(max=len(candidates) - 1)
+            at, _ = find(candidates, change.indices)
             means = (sums[at] / window.num_steps, squares[at] / window.num_steps)
             self.optimizer.reselect(deltas, change, *means, window.num_steps)
         else:

@@ -95,10 +95,11 @@ def split_index(indices: torch.Tensor, cols: int) -> tuple[torch.Tensor, torch.T
     return rows, indices - rows * cols
 
 
-def contains(sorted_indices: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """For each of `queries` whether it is in `sorted_indices`, as a bool tensor."""
-    if len(sorted_indices) == 0:
-        return torch.zeros(queries.shape, dtype=torch.bool, device=queries.device)
-    at = torch.searchsorted(sorted_indices, queries.to(sorted_indices.dtype))
-    at.clamp_(max=len(sorted_indices) - 1)
-    return sorted_indices[at] == queries
+def find(indices: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each of `queries` its slot in a support, and whether it is in it at all.
+
+    Where it is not, the slot is that of some other index; the support is not empty.
+    """
+    slots = torch.searchsorted(indices, queries.to(indices.dtype))
+    slots.clamp_(max=len(indices) - 1)
+    return slots, indices[slots] == queries

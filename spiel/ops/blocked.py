@@ -90,8 +90,7 @@ def largest_gradients(
 
     shape = left_TR.shape[1], right_TC.shape[1]
     indices, values = _largest(block, torch.abs, *shape, k, left_TR.device)
-    indices, order = indices.sort()
-    return indices.to(index_dtype(shape[0] * shape[1])), values[order]
+    return indices.to(index_dtype(shape[0] * shape[1])), values
 
 
 def largest_products(
@@ -114,16 +113,23 @@ def largest_products(
 
 
 def _highest(ranks: torch.Tensor, k: int) -> torch.Tensor:
-    """Places of the `k` highest ranks, in any order; of many, those below a sampled quantile are
-    not looked at.
+    """Places of the `k` highest ranks, ascending; of many, those below a sampled quantile are not
+    looked at.
     """
     if len(ranks) >= 2**16 and 8 * k <= len(ranks):
         sample = ranks[::SAMPLE_STRIDE]
         share = min(len(sample), round(SAMPLE_MARGIN * k / SAMPLE_STRIDE) + 1)
         passing = (ranks > sample.topk(share).values[-1]).nonzero().squeeze(1)
         if len(passing) >= k:
-            return passing[ranks[passing].topk(k, sorted=False).indices]
-    return ranks.topk(k).indices
+            return passing[_top(ranks[passing], k)]
+    return _top(ranks, k).nonzero().squeeze(1)
+
+
+def _top(ranks: torch.Tensor, k: int) -> torch.Tensor:
+    """A mask of the `k` highest ranks: in their own order, which spares sorting them by place."""
+    mask = torch.zeros(len(ranks), dtype=torch.bool, device=ranks.device)
+    mask[ranks.topk(k, sorted=False).indices] = True
+    return mask
 
 
 #: Support -> its version, and where it was cut at which bounds.
@@ -155,7 +161,7 @@ def _largest(
     k: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `k` entries of highest rank of a matrix seen in blocks, in any order.
+    """The `k` entries of highest rank of a matrix seen in blocks, by ascending index.
 
     Keeps the best so far and looks, in each block, only at what beats the least of them. Equal
     ranks fall as `torch.topk` lets them, as in the original code: products of MA tie exactly where
@@ -175,6 +181,6 @@ def _largest(
         indices = torch.cat([indices, found + start * cols])
         values = torch.cat([values, entries[found]])
         if start > 0:
-            order = rank(values).topk(min(k, len(values))).indices
-            indices, values = indices[order], values[order]
+            best = _top(rank(values), min(k, len(values)))
+            indices, values = indices[best], values[best]
     return indices, values

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spiel.support import check_support, contains, random_support, row_pointers, split_index
+from spiel.support import check_support, find, random_support, row_pointers, split_index
 
 
 @settings(max_examples=50, deadline=None)
@@ -60,8 +60,7 @@ def test_row_pointers_and_columns_are_those_of_csr():
     assert rows.tolist() == [0, 0, 2, 2, 4]
 
 
-def test_contains():
-    sorted_indices = torch.tensor([2, 5, 9], dtype=torch.int32)
-    queries = torch.tensor([9, 1, 2, 10])
-    assert contains(sorted_indices, queries).tolist() == [True, False, True, False]
-    assert contains(sorted_indices[:0], queries).tolist() == [False] * 4
+def test_find():
+    slots, found = find(torch.tensor([2, 5, 9], dtype=torch.int32), torch.tensor([9, 1, 2, 10]))
+    assert found.tolist() == [True, False, True, False]
+    assert slots[found].tolist() == [2, 0]
