@@ -211,16 +211,12 @@ class SpielLinear(nn.Module, BaseTunerLayer):
         if isinstance(self.base_layer, Conv1D):
             left, right = right, left
         with _without_autocast(x.device.type):
-            observer = self._observer(adapter)
-            candidates = None if observer is None else observer.candidates
-            supports = [self.spiel_indices[adapter]]
-            if candidates is not None:
-                supports.append(candidates)
-            gradients = ops.sampled_gradients(left, right, supports)
+            indices, observer = self.spiel_indices[adapter], self._observer(adapter)
             if observer is not None:
-                of_candidates = None if candidates is None else gradients[1]
-                observer.observe(left, right, gradients[0], of_candidates)
-        return gradients[0].to(self.spiel_deltas[adapter].dtype)
+                gradient = observer.observe(left, right, indices)
+            else:
+                gradient = ops.sampled_gradient(left, right, indices)
+        return gradient.to(self.spiel_deltas[adapter].dtype)
 
     def _observer(self, adapter: str) -> Observer | None:
         """Who watches, unless backward is after other gradients (`torch.autograd.grad`)."""

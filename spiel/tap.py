@@ -28,20 +28,11 @@ class Tapped(Protocol):
 class Observer(Protocol):
     """Who watches a weight's gradient; `spiel.window.GradientWindow` is one."""
 
-    @property
-    def candidates(self) -> torch.Tensor | None:
-        """A support whose entries of the gradient it wants too."""
-        ...
-
     def observe(
-        self,
-        left_TR: torch.Tensor,
-        right_TC: torch.Tensor,
-        active_gradient: torch.Tensor,
-        candidate_gradient: torch.Tensor | None,
-    ) -> None:
-        """Called in backward. left.T @ right is the weight's gradient; with it come its entries at
-        the support and at `candidates`, each [k].
+        self, left_TR: torch.Tensor, right_TC: torch.Tensor, indices: torch.Tensor
+    ) -> torch.Tensor:
+        """Called in backward. The weight's gradient is left.T @ right; returns its entries [k] at
+        `indices` in fp32, which may come along with those that the observer wants for itself.
         """
         ...
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from spiel.distributed import average_, on_any_rank
-from spiel.ops.blocked import largest_gradients
+from spiel.ops import sampled_gradient, sampled_gradients
+from spiel.ops.blocked import BlockEntries, largest_gradients
 
 #: A scale that is off by less is rounding.
 SCALE_TOLERANCE = 1e-5
@@ -54,26 +55,31 @@ class GradientWindow:
         self.squares: torch.Tensor | None = None  # [k]
 
     def observe(
-        self,
-        left_TR: torch.Tensor,
-        right_TC: torch.Tensor,
-        active_gradient: torch.Tensor,
-        candidate_gradient: torch.Tensor | None,
-    ) -> None:
-        """Takes in one micro-batch, whose dL/dW is left.T @ right, with its entries [k] at the
-        support and, once they are chosen, at the candidates.
+        self, left_TR: torch.Tensor, right_TC: torch.Tensor, indices: torch.Tensor
+    ) -> torch.Tensor:
+        """Takes in one micro-batch, whose dL/dW is left.T @ right; returns its entries [k] at the
+        support `indices`.
         """
-        self.sample = _plus(self.sample, _sample(active_gradient))
         may_choose = self._may_choose(self)
-        if candidate_gradient is not None:
-            self.step_gradient = _plus(self.step_gradient, candidate_gradient)
+        if self.candidates is not None:
+            active, own = sampled_gradients(left_TR, right_TC, [indices, self.candidates])
+            self.step_gradient = _plus(self.step_gradient, own)
         elif may_choose:
-            self._choose(left_TR, right_TC)
+            active = self._choose(left_TR, right_TC, indices)
+        else:
+            active = sampled_gradient(left_TR, right_TC, indices)
+        self.sample = _plus(self.sample, _sample(active))
+        return active
 
-    def _choose(self, left_TR: torch.Tensor, right_TC: torch.Tensor) -> None:
-        chosen, values = largest_gradients(left_TR, right_TC, len(self.deltas), average_)
+    def _choose(
+        self, left_TR: torch.Tensor, right_TC: torch.Tensor, indices: torch.Tensor
+    ) -> torch.Tensor:
+        """As `observe`, by the product that the candidates are chosen from."""
+        active = BlockEntries([indices], left_TR.shape[1], right_TC.shape[1])
+        chosen, values = largest_gradients(left_TR, right_TC, len(indices), average_, active)
         if bool((values != 0).any()) and bool(values.isfinite().all()):
             self.candidates, self.step_gradient = chosen, values
+        return active.values[0]
 
     def step_mean(self) -> torch.Tensor:
         """The gradient [k] of the step under way, averaged over ranks; ends that step."""

@@ -52,38 +52,57 @@ def _operands(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, to
     return left, right
 
 
+class BlockEntries:
+    """The entries at each of several supports of a matrix [rows, cols] that comes in `row_blocks`.
+
+    `values` has those of each support [k] in fp32, as far as blocks were read.
+    """
+
+    def __init__(self, supports: Sequence[torch.Tensor], rows: int, cols: int) -> None:
+        self._supports = supports
+        self._edges = [start * cols for start, _ in row_blocks(rows, cols)]
+        self._cuts = [[*_kept_cuts(each, self._edges), len(each)] for each in supports]
+        self.values = [
+            torch.empty(len(each), dtype=torch.float32, device=each.device) for each in supports
+        ]
+
+    def read(self, number: int, block: torch.Tensor) -> None:
+        """Takes what is wanted of the `number`-th block."""
+        for indices, cut, own in zip(self._supports, self._cuts, self.values, strict=True):
+            here = slice(cut[number], cut[number + 1])
+            places = indices[here] - self._edges[number]
+            torch.index_select(block.reshape(-1), 0, places, out=own[here])
+
+
 def sampled_gradients(
     left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """For each support [k] those entries of left.T @ right, in fp32."""
     left_TR, right_TC = _operands(left_TR, right_TC)
-    rows, cols = left_TR.shape[1], right_TC.shape[1]
-    values = [
-        torch.empty(len(indices), dtype=torch.float32, device=left_TR.device)
-        for indices in supports
-    ]
-    blocks = list(row_blocks(rows, cols))
-    edges = [start * cols for start, _ in blocks]
-    cuts = [[*_kept_cuts(indices, edges), len(indices)] for indices in supports]
-    for number, (start, stop) in enumerate(blocks):
-        block = _product(left_TR[:, start:stop], right_TC).reshape(-1)
-        for indices, cut, own in zip(supports, cuts, values, strict=True):
-            here = slice(cut[number], cut[number + 1])
-            torch.index_select(block, 0, indices[here] - start * cols, out=own[here])
-    return values
+    shape = left_TR.shape[1], right_TC.shape[1]
+    entries = BlockEntries(supports, *shape)
+    for number, (start, stop) in enumerate(row_blocks(*shape)):
+        entries.read(number, _product(left_TR[:, start:stop], right_TC))
+    return entries.values
 
 
 def largest_gradients(
-    left_TR: torch.Tensor, right_TC: torch.Tensor, k: int, reduce: Reduce | None = None
+    left_TR: torch.Tensor,
+    right_TC: torch.Tensor,
+    k: int,
+    reduce: Reduce | None = None,
+    entries: BlockEntries | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The support of the `k` largest |entries| of left.T @ right, and those entries in fp32.
 
-    `reduce` sees every block before it is ranked.
+    Every block is read by `entries`, then seen by `reduce`, and then ranked.
     """
     left_TR, right_TC = _operands(left_TR, right_TC)
 
-    def block(start: int, stop: int) -> torch.Tensor:
+    def block(number: int, start: int, stop: int) -> torch.Tensor:
         values = _product(left_TR[:, start:stop], right_TC)
+        if entries is not None:
+            entries.read(number, values)
         if reduce is not None:
             reduce(values)
         return values.reshape(-1)
@@ -102,7 +121,7 @@ def largest_products(
     """
     cols = len(col)
 
-    def block(start: int, stop: int) -> torch.Tensor:
+    def block(_: int, start: int, stop: int) -> torch.Tensor:
         products = torch.outer(row[start:stop].float(), col.float()).reshape(-1)
         lo, hi = _cuts(exclude, [start * cols, stop * cols])
         return products.index_fill_(0, exclude[lo:hi].long() - start * cols, -1.0)
@@ -154,14 +173,15 @@ def _cuts(indices: torch.Tensor, bounds: list[int]) -> list[int]:
 
 
 def _largest(
-    block: Callable[[int, int], torch.Tensor],
+    block: Callable[[int, int, int], torch.Tensor],
     rank: Callable[[torch.Tensor], torch.Tensor],
     rows: int,
     cols: int,
     k: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `k` entries of highest rank of a matrix seen in blocks, by ascending index.
+    """The `k` entries of highest rank of a matrix, by ascending index; `block(number, start, stop)`
+    gives the entries of its rows from start to stop.
 
     Keeps the best so far and looks, in each block, only at what beats the least of them. Equal
     ranks fall as `torch.topk` lets them, as in the original code: products of MA tie exactly where
@@ -171,8 +191,8 @@ def _largest(
     values = torch.empty(0, dtype=torch.float32, device=device)
     if k == 0:
         return indices, values
-    for start, stop in row_blocks(rows, cols):
-        entries = block(start, stop)
+    for number, (start, stop) in enumerate(row_blocks(rows, cols)):
+        entries = block(number, start, stop)
         ranks = rank(entries)
         if len(values) < k:
             found = _highest(ranks, min(k, len(ranks)))

@@ -86,7 +86,7 @@ def test_largest_gradients(shape, share):
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_largest_gradients_of_reduced_blocks():
+def test_largest_gradients_of_reduced_blocks_and_entries_as_they_were():
     left, right = operands(40, 33, 21)
     seen = []
 
@@ -94,8 +94,12 @@ def test_largest_gradients_of_reduced_blocks():
         seen.append(block.shape[0])
         block.mul_(torch.arange(21))  # a column of zeros first, as another rank might bring
 
-    indices, _ = blocked.largest_gradients(left, right, 30, reduce)
-    dense = (left.t() @ right).mul(torch.arange(21)).view(-1).abs()
+    support = random_support(50, 33 * 21)
+    entries = blocked.BlockEntries([support], 33, 21)
+    indices, _ = blocked.largest_gradients(left, right, 30, reduce, entries)
+    dense = left.t() @ right
+    assert_close_rms(entries.values[0], dense.view(-1)[support.long()], 1e-5)
+    dense = dense.mul(torch.arange(21)).view(-1).abs()
     assert sorted(indices.tolist()) == sorted(dense.topk(30).indices.tolist())
     assert sum(seen) == 33
     assert len(seen) > 1

@@ -7,6 +7,7 @@ from torch import nn
 
 import spiel
 from spiel.ops.blocked import largest_gradients
+from spiel.support import random_support
 from spiel.window import GradientWindow
 
 
@@ -132,7 +133,7 @@ def test_the_scale_of_one_step_does_not_reach_the_next():
 def test_a_window_keeps_a_small_sample_of_the_active_gradient():
     for k in (1, 63, 64, 127, 1000, 100_000):
         window = GradientWindow(torch.zeros(k))
-        window.observe(torch.ones(1, 400), torch.ones(1, 400), torch.ones(k), torch.ones(k))
+        window.observe(torch.ones(1, 400), torch.ones(1, 400), random_support(k, 400 * 400))
         assert 1 <= len(window.sample) < 128
         window.skip_step()
         assert window.sample is None
