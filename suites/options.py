@@ -37,21 +37,29 @@ def make_parser() -> Parser:
         description="Trains and evaluates methods on a suite, seed by seed, and prints the table.",
         allow_abbrev=False,
     )
+    add_cells(parser)
+    add = parser.add_argument
+    add("--search", action="store_true", help="try each grid on dev, run the seeds at the pick")
+    add("--search-only", action="store_true", help="try each grid on dev and stop")
+    add("--plan", action="store_true", help="say what would run, its memory and time, and stop")
+    add("--list", action="store_true", help="list suites and methods and stop")
+    add_overrides(parser)
+    _add_execution(parser.add_argument_group("how cells are run"))
+    return parser
+
+
+def add_cells(parser: Parser) -> None:
+    """What names the cells of a suite."""
     add = parser.add_argument
     names = ", ".join(SUITES)
     add("suite", nargs="?", help=f"one of: {names}; or a path to a file that defines SUITE")
     add("--methods", metavar="A,B", help="methods by name (default: all the suite has tuned)")
     add("--seeds", metavar="0,1,2", help="seeds (default: the suite's)")
-    add("--search", action="store_true", help="try each grid on dev, run the seeds at the pick")
-    add("--search-only", action="store_true", help="try each grid on dev and stop")
-    add("--plan", action="store_true", help="say what would run, its memory and time, and stop")
-    add("--list", action="store_true", help="list suites and methods and stop")
-    _add_overrides(parser.add_argument_group("another suite: it has a name and a table of its own"))
-    _add_execution(parser.add_argument_group("how cells are run"))
-    return parser
 
 
-def _add_overrides(group: Any) -> None:
+def add_overrides(parser: Parser) -> None:
+    """What changes a suite into another."""
+    group = parser.add_argument_group("another suite: it has a name and a table of its own")
     add = group.add_argument
     add("--model", type=_text, metavar="PATH", help="model folder or hub id")
     add("--data", type=_text, metavar="PATH", help="JSONL or parquet file, or hub id")

@@ -117,9 +117,10 @@ def _quality(ok: Sequence[Record]) -> dict[str, Any]:
 def compared(own: Sequence[Record], base: Sequence[Record]) -> dict[str, float | None]:
     """For each role the columns of `stats.paired_difference` of a method from the baseline."""
     row: dict[str, float | None] = {}
+    is_base = bool(own) and own[0].method_name == BASELINE
     for role in ROLES:
         name = f"{role}_minus_{BASELINE}"
-        paired = item_differences(own, base, role)
+        paired = [] if is_base else item_differences(own, base, role)
         found = stats.paired_difference(paired) if paired else None
         row[name] = found.mean if found else None
         row[f"{name}_low"] = found.low if found else None
@@ -129,10 +130,13 @@ def compared(own: Sequence[Record], base: Sequence[Record]) -> dict[str, float |
 
 
 def item_differences(own: Sequence[Record], base: Sequence[Record], role: str) -> list[np.ndarray]:
-    """`own` - `base`, item by item: for each task of `role` an array (shared seeds, items)."""
+    """`own` - `base`, item by item: for each task of `role` an array (shared seeds, items).
+
+    Raises MixedRecordsError if the items are not the same.
+    """
     theirs = {record.seed: record for record in base}
     pairs = [(record, theirs[record.seed]) for record in own if record.seed in theirs]
-    if not pairs or pairs[0][0].method_name == BASELINE:
+    if not pairs:
         return []
     names = [name for name, score in pairs[0][0].scores.items() if score.role == role]
     return [

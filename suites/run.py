@@ -68,14 +68,18 @@ def preview(cells: Sequence[Cell], out: Path, way: Execution) -> int:
 
 def selected(arguments: argparse.Namespace) -> tuple[Suite, tuple[str, ...], tuple[int, ...]]:
     """Suite, methods and seeds; ValueError for what there is not."""
-    changes = {flag: getattr(arguments, flag) for flag in OVERRIDES}
-    name = arguments.suite
-    found = load_suite(name) if is_file(name) else choose("suite", name, SUITES)
-    suite = override(found, **changes)
+    suite = suite_of(arguments)
     searching = arguments.search or arguments.search_only
     methods = parse_methods(arguments.methods, suite, searching)
     seeds = suite.seeds if arguments.seeds is None else parse_seeds(arguments.seeds)
     return suite, methods, seeds
+
+
+def suite_of(arguments: argparse.Namespace) -> Suite:
+    """The suite that is named, as the flags change it; ValueError for what there is not."""
+    name = arguments.suite
+    found = load_suite(name) if is_file(name) else choose("suite", name, SUITES)
+    return override(found, **{flag: getattr(arguments, flag) for flag in OVERRIDES})
 
 
 def start(cells: Sequence[Cell], out: Path, way: Execution, searching: bool = False) -> int:

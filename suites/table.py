@@ -1,4 +1,4 @@
-"""The table in words and rounded numbers: printed on a terminal, written as Markdown and CSV."""
+"""The table in words and rounded numbers, as it is printed on a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from suites import progress, report, stats
+from suites import documents, progress, report, stats
 from suites.plan import Cell, records_folder, safe_name
 from suites.record import DamagedRecordError, Record, read
 
@@ -40,7 +40,7 @@ def present(cells: Sequence[Cell], out: Path) -> int:
         console.print(note, markup=False, highlight=False)
     stem = out / "tables" / safe_name(suite.name)
     try:
-        paths = write(tables, notes, frame, stem, suite.description)
+        paths = documents.write(tables, notes, frame, stem, suite.description)
     except OSError as error:
         say(console, f"the table cannot be written: {error}")
         return 1
@@ -214,27 +214,6 @@ def where(record: Record) -> str:
     revision = (environment.git_revision or "unknown")[:12]
     changed = ", changed" if environment.git_dirty else ""
     return f"{environment.hardware}; revision {revision}{changed}."
-
-
-def write(
-    tables: dict[str, pd.DataFrame],
-    notes: Sequence[str],
-    frame: pd.DataFrame,
-    stem: Path,
-    description: str,
-) -> tuple[Path, Path]:
-    """Writes `<stem>.md`, as printed, and `<stem>.csv`, in full precision."""
-    markdown, csv = stem.with_name(f"{stem.name}.md"), stem.with_name(f"{stem.name}.csv")
-    parts = [f"# {stem.name}", description]
-    for title, table in tables.items():
-        align = ["left", *["right"] * (len(table.columns) - 1)]
-        text = table.to_markdown(index=False, colalign=align, disable_numparse=True)
-        parts += [f"## {title}", text]
-    parts += notes
-    markdown.parent.mkdir(parents=True, exist_ok=True)
-    markdown.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    frame.assign(failures=["; ".join(row) for row in frame["failures"]]).to_csv(csv, index=False)
-    return markdown, csv
 
 
 def drawn(title: str, table: pd.DataFrame) -> Table:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import io
+import re
 
 import pandas as pd
 import pytest
 from rich.console import Console
 
-from suites import catalog, record, report, search, table
+from suites import catalog, documents, record, report, search, table
 from suites.catalog import SUITES
 from suites.record import Record
 from suites.suite import Tuning
@@ -113,6 +114,28 @@ def test_the_legend_names_the_metrics_of_the_records():
         "f1 (tydiqa_goldp); retention: byte likelihood. ±"
     )
     assert legend(scored(cell())).startswith("±: half")
+
+
+def test_latex_means_what_the_table_says(tmp_path):
+    records = [finished(cell("full")), *three_seeds("lora", (0.5, 0.6, 0.7))]
+    records.append(finished(cell("spiel"), num_trainable=90))
+    frame = report.frame(records)
+    tables = {"Quality": table.quality(frame), "Cost": table.cost(frame)}
+    text = documents.latex(tables, table.footnotes(frame, records), "small_100%")
+    assert text.count(r"\begin{table}") == text.count(r"\bottomrule") == 2
+    assert r"\caption{small\_100\%: quality}" in text
+    assert r"method & seeds & weights & \% & lr & target & retention & vs lora \\" in text
+    assert "0.600 ± 0.248" in text
+    assert r"beyond what the libraries hold" in text[text.index(r"\footnotesize") :]
+    assert text.rstrip().endswith(r"\end{table}")
+    unescaped = re.sub(r"\\[%#_&]|&| \\\\|^%.*", "", text, flags=re.MULTILINE)
+    assert not set(unescaped) & set("%#&")
+
+
+def test_what_means_something_to_latex_is_escaped():
+    assert documents.escaped(r"a_b 5% & #1 {x} \y ~ ^") == (
+        r"a\_b 5\% \& \#1 \{x\} \textbackslash{}y \textasciitilde{} \textasciicircum{}"
+    )
 
 
 def test_no_number_is_cut_where_the_terminal_is_narrow():

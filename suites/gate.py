@@ -1,0 +1,100 @@
+"""Fails when a method got worse, slower or larger: `python -m suites.gate quickstart`.
+
+Judges the records of a results folder by those of another, which was kept from an earlier run of
+the same suite: `python -m suites.run quickstart --methods lora,spiel --out results/baselines`.
+
+Exit status: 0 if nothing got worse, 1 if something did or is missing, 2 for bad input.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from suites.catalog import SUITES
+from suites.options import Parser, add_cells, add_overrides, parse_methods, parse_seeds
+from suites.plan import Cell, plan
+from suites.run import suite_of
+
+FAILED = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.suite is None:
+        parser.error(f"no suite given; choose from {', '.join(SUITES)}")
+    try:
+        suite = suite_of(arguments)
+        seeds = suite.seeds if arguments.seeds is None else parse_seeds(arguments.seeds)
+        cells = plan(suite, parse_methods(arguments.methods, suite), seeds)
+        kept = kept_cells(cells, arguments.against, arguments.methods is not None)
+    except ValueError as error:
+        parser.error(str(error))
+    return present(kept, arguments.out, arguments.against)
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="python -m suites.gate",
+        description="Fails when a method got worse, slower or larger than it was in a kept run.",
+        allow_abbrev=False,
+    )
+    add_cells(parser)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("results"), metavar="DIR", help="results to judge")
+    add("--against", type=Path, default=Path("results/baselines"), metavar="DIR",
+        help="the kept results (default: results/baselines)")  # fmt: skip
+    add_overrides(parser)
+    return parser
+
+
+def kept_cells(cells: Sequence[Cell], against: Path, all_methods: bool) -> list[Cell]:
+    """Those of `cells` with a record in `against`.
+
+    Raises ValueError if there are none or, if `all_methods`, of one of the methods.
+    """
+    kept = [cell for cell in cells if cell.record_path(against).exists()]
+    with_baseline = {cell.method for cell in kept}
+    lacking = [m for m in dict.fromkeys(cell.method for cell in cells) if m not in with_baseline]
+    if not kept or (all_methods and lacking):
+        folder = cells[0].record_path(against).parent
+        raise ValueError(f"no records of {', '.join(lacking)} to judge by in {folder}")
+    return kept
+
+
+def present(cells: Sequence[Cell], out: Path, against: Path) -> int:
+    """Prints what changed, writes it beside the tables; 1 if something got worse or is missing."""
+    import pandas as pd
+
+    from suites import judgement
+    from suites.plan import safe_name
+    from suites.record import write_whole
+    from suites.table import drawn, load, make_console, say
+
+    console = make_console()
+    (now, problems), (before, kept_problems) = load(cells, out), load(cells, against)
+    for problem in [*problems, *kept_problems]:
+        say(console, f"not judged: {problem}")
+    try:
+        findings = judgement.judge(now, before)
+    except judgement.MixedRecordsError as error:
+        say(console, f"not judged: {error}")
+        return FAILED
+    frame = pd.DataFrame([judgement.row(finding) for finding in findings])
+    name = cells[0].suite.name
+    console.print(drawn(f"{name}: now and before", frame))
+    notes = [judgement.NOTE, *judgement.machines(now, before)]
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
+    path = out / "tables" / f"{safe_name(name)}-gate.md"
+    text = frame.to_markdown(index=False, disable_numparse=True)
+    write_whole("\n\n".join([f"# {name}: now and before", text, *notes]) + "\n", path)
+    num_worse = sum(finding.verdict == judgement.WORSE for finding in findings)
+    say(console, f"{num_worse} of {len(findings)} measures got worse; written to {path}")
+    return FAILED if num_worse or problems or kept_problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

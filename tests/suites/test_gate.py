@@ -1,0 +1,191 @@
+"""The gate: what counts as worse, slower and larger, what does not, and the command around it."""
+
+import dataclasses
+
+import pytest
+
+from suites import gate, judgement, record
+from suites.judgement import BETTER, SAME, UNJUDGED, WORSE
+from suites.plan import plan
+from suites.record import PhaseCost, Record
+from tests.suites.arena import ENVIRONMENT, cell, finished, small_suite
+
+ITEMS = 40
+
+
+def run(method, num_right=30, seconds=0.1, seed=0, train_bytes=2**21, **changes):
+    """A record whose target task got the first `num_right` of its items right."""
+    made = finished(cell(method, seed=seed), seconds=seconds, **changes)
+    right = tuple(float(item < num_right) for item in range(ITEMS))
+    target = dataclasses.replace(
+        made.scores["t"],
+        value=num_right / ITEMS,
+        num_items=ITEMS,
+        per_item=right,
+        doc_ids=tuple(range(ITEMS)),
+    )
+    phases = {**made.phases, "train": PhaseCost(2.0, train_bytes)}
+    return dataclasses.replace(made, scores={**made.scores, "t": target}, phases=phases)
+
+
+def both(spiel=(), lora=(), seeds=(0, 1)):
+    """SpIEL's and LoRA's records, each with what is given for every seed alike."""
+    return [
+        run(method, seed=seed, **dict(given))
+        for method, given in {"lora": lora, "spiel": spiel}.items()
+        for seed in seeds
+    ]
+
+
+def verdicts(now, before=None):
+    findings = judgement.judge(now, both() if before is None else before)
+    return {(each.method, each.measure): each.verdict for each in findings}
+
+
+def test_nothing_changed():
+    found = verdicts(both())
+    assert set(found.values()) == {SAME}
+    assert {measure for method, measure in found if method == "spiel"} == {
+        "cells ok",
+        "target",
+        "retention",
+        "step time x lora",
+        "train peak x lora",
+        "saved for backward MiB",
+        "optimizer state MiB",
+        "artifact MiB",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "measure", "verdict"),
+    [
+        ({"num_right": 20}, "target", WORSE),
+        ({"num_right": 40}, "target", BETTER),
+        ({"num_right": 29}, "target", SAME),  # one item of 40: chance
+        ({"seconds": 0.12}, "step time x lora", WORSE),
+        ({"seconds": 0.102}, "step time x lora", SAME),
+        ({"seconds": 0.08}, "step time x lora", BETTER),
+        ({"train_bytes": 2**22}, "train peak x lora", WORSE),
+        ({"train_bytes": 2**20}, "train peak x lora", BETTER),
+    ],
+)
+def test_one_measure_changed(change, measure, verdict):
+    found = verdicts(both(spiel=change))
+    assert found.pop(("spiel", measure)) == verdict
+    assert set(found.values()) == {SAME}
+
+
+def test_a_slower_machine_is_no_slower_method():
+    assert set(verdicts(both(spiel={"seconds": 0.2}, lora={"seconds": 0.2})).values()) == {SAME}
+
+
+def test_a_difference_within_the_noise_of_seeds_is_none():
+    now = both(seeds=())
+    for seed, seconds in enumerate((0.05, 0.1, 0.2)):
+        now += [run("lora", seed=seed), run("spiel", seed=seed, seconds=seconds)]
+    found = verdicts(now, both(seeds=(0, 1, 2)))
+    assert found["spiel", "step time x lora"] == SAME
+
+
+@pytest.mark.parametrize("name", judgement.SIZES)
+def test_a_larger_size(name):
+    now = both()
+    now[-1] = dataclasses.replace(now[-1], size=dataclasses.replace(now[-1].size, **{name: 2**21}))
+    found = verdicts(now)
+    measure = name.removesuffix("_bytes").replace("_", " ") + " MiB"
+    assert [key for key, verdict in found.items() if verdict == WORSE] == [("spiel", measure)]
+
+
+def test_a_cell_that_failed_is_worse():
+    now = both()
+    now[-1] = Record.of(cell("spiel", seed=1), "diverged", "the loss is nan", record.now())
+    assert verdicts(now)["spiel", "cells ok"] == WORSE
+    assert verdicts(both(), now)["spiel", "cells ok"] == SAME
+
+
+def test_costs_of_other_hardware_are_not_judged():
+    gpu = dataclasses.replace(ENVIRONMENT, gpus=("A GPU",), device="cuda:0")
+    now = [run(method, 20, 9.0, train_bytes=2**30, environment=gpu) for method in ("lora", "spiel")]
+    found = verdicts(now, both(seeds=(0,)))
+    assert found.pop(("lora", "target")) == found.pop(("spiel", "target")) == WORSE
+    assert found["spiel", "step time x lora"] == UNJUDGED
+    assert WORSE not in found.values()
+
+
+def test_other_items_are_refused(tmp_path, capsys):
+    keep(tmp_path / "kept", both())
+    fewer = [
+        dataclasses.replace(
+            each,
+            scores={
+                **each.scores,
+                "t": dataclasses.replace(each.scores["t"], doc_ids=tuple(range(1, ITEMS + 1))),
+            },
+        )
+        for each in both()
+    ]
+    keep(tmp_path / "now", fewer)
+    assert command(tmp_path) == 1
+    assert "different test items" in capsys.readouterr().out
+
+
+def keep(out, records):
+    for each in records:
+        (of,) = plan(small_suite(), [each.method_name], [each.seed])
+        record.write(each, of.record_path(out))
+
+
+def command(folder, *more):
+    from suites.catalog import SUITES
+
+    SUITES["small"] = small_suite()
+    try:
+        where = ["--out", str(folder / "now"), "--against", str(folder / "kept")]
+        return gate.main(["small", *where, *more])
+    finally:
+        del SUITES["small"]
+
+
+def test_the_command_passes_and_fails(tmp_path, capsys):
+    keep(tmp_path / "kept", both())
+    keep(tmp_path / "now", both())
+    assert command(tmp_path) == 0
+    assert "0 of 14 measures got worse" in capsys.readouterr().out
+    keep(tmp_path / "now", both(spiel={"num_right": 20}))
+    assert command(tmp_path) == 1
+    assert "1 of 14 measures got worse" in capsys.readouterr().out
+    written = (tmp_path / "now" / "tables" / "small-gate.md").read_text()
+    assert "| spiel    | target" in written
+    assert "WORSE" in written
+    assert command(tmp_path, "--methods", "lora") == 0
+
+
+def test_what_was_not_run_fails(tmp_path, capsys):
+    keep(tmp_path / "kept", both())
+    keep(tmp_path / "now", both()[:-1])
+    assert command(tmp_path) == 1
+    assert "not judged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "no records of base, frozen, full, lora, spiel to judge by in"),
+        (["--methods", "spiel,lorra"], "unknown method 'lorra'; choose from lora"),
+        (["--seeds", "x"], "--seeds: 'x'"),
+        (["--agianst", "x"], "unknown argument '--agianst'; choose from --against"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, arguments, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(tmp_path, *arguments)
+    assert ended.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_method_asked_for_must_have_been_kept(tmp_path, capsys):
+    keep(tmp_path / "kept", both())
+    with pytest.raises(SystemExit):
+        command(tmp_path, "--methods", "lora,full")
+    assert "no records of full to judge by" in capsys.readouterr().err
