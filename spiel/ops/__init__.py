@@ -43,7 +43,7 @@ BACKENDS: dict[str, SampledGradients] = {
 
 #: Up to which density a dot product for each entry is cheaper on a CPU than one dense product.
 #: Measured: `make bench`, tests/benchmarks/test_ops.py.
-CPU_MAX_DENSITY = {"compiled": 0.2, "sampled": 0.1}
+CPU_MAX_DENSITY = {"compiled": 0.3, "sampled": 0.1}
 #: Below this many entries a weight is so small that a call's fixed cost decides.
 CPU_MIN_NUMEL = 2**16
 

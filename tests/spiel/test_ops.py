@@ -144,7 +144,7 @@ def test_the_rule_takes_single_entries_where_they_are_faster(has_numba, sparse, 
     monkeypatch.setattr(ops, "has_numba", lambda: has_numba)
     cpu = torch.device("cpu")
     assert ops.choose_backend(cpu, 1000, 512 * 512) == sparse
-    assert ops.choose_backend(cpu, 512 * 150, 512 * 512) == "blocked"
+    assert ops.choose_backend(cpu, 512 * 160, 512 * 512) == "blocked"
     assert ops.choose_backend(cpu, 10, 32 * 32) == "blocked"
 
 

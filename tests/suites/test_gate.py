@@ -171,7 +171,7 @@ def test_what_was_not_run_fails(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "no records of base, frozen, full, lora, spiel to judge by in"),
+        ([], "no records of base, full, lora, spiel to judge by in"),
         (["--methods", "spiel,lorra"], "unknown method 'lorra'; choose from lora"),
         (["--seeds", "x"], "--seeds: 'x'"),
         (["--agianst", "x"], "unknown argument '--agianst'; choose from --against"),
