@@ -48,9 +48,10 @@ def latex(tables: dict[str, pd.DataFrame], notes: Sequence[str], name: str) -> s
     """A table environment for each of `tables`, the notes below the last; needs booktabs."""
     parts = [r"% \usepackage{booktabs}"]
     for title, table in tables.items():
-        text = table.to_latex(
+        text = table.map(escaped).to_latex(
             index=False,
-            escape=True,
+            header=[escaped(name) for name in table.columns],
+            escape=False,
             column_format="l" + "r" * (len(table.columns) - 1),
             caption=escaped(f"{name}: {title.lower()}"),
             label=f"tab:{safe_name(name)}-{title.lower()}",
@@ -65,6 +66,7 @@ def latex(tables: dict[str, pd.DataFrame], notes: Sequence[str], name: str) -> s
 
 def escaped(text: str) -> str:
     """`text` with what means something to LaTeX written so that it means itself."""
-    words = {"\\": "textbackslash", "~": "textasciitilde", "^": "textasciicircum"}
+    names = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater"}
+    words = {sign: rf"\text{name}{{}}" for sign, name in {**names, "|": "bar"}.items()}
     marks = {sign: rf"\{sign}" for sign in "&%$#_{}"}
-    return text.translate(str.maketrans({**marks, **{k: rf"\{v}{{}}" for k, v in words.items()}}))
+    return text.translate(str.maketrans({**marks, **words}))

@@ -11,11 +11,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from suites.catalog import SUITES
 from suites.options import Parser, add_cells, add_overrides, parse_methods, parse_seeds
-from suites.plan import Cell, plan
+from suites.plan import Cell, plan, safe_name
 from suites.run import suite_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FAILED = 1
 
@@ -30,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds = suite.seeds if arguments.seeds is None else parse_seeds(arguments.seeds)
         cells = plan(suite, parse_methods(arguments.methods, suite), seeds)
         kept = kept_cells(cells, arguments.against, arguments.methods is not None)
+        kept = with_baseline(kept, arguments.against)
     except ValueError as error:
         parser.error(str(error))
     return present(kept, arguments.out, arguments.against)
@@ -64,16 +69,25 @@ def kept_cells(cells: Sequence[Cell], against: Path, all_methods: bool) -> list[
     return kept
 
 
+def with_baseline(kept: Sequence[Cell], against: Path) -> list[Cell]:
+    """`kept`, and those of the method to whose costs all others' are ratios."""
+    from suites.report import BASELINE
+
+    suite = kept[0].suite
+    if BASELINE in {cell.method for cell in kept} or BASELINE not in suite.tunings:
+        return list(kept)
+    beside = plan(suite, [BASELINE], dict.fromkeys(cell.seed for cell in kept))
+    return [*kept, *(cell for cell in beside if cell.record_path(against).exists())]
+
+
 def present(cells: Sequence[Cell], out: Path, against: Path) -> int:
     """Prints what changed, writes it beside the tables; 1 if something got worse or is missing."""
     import pandas as pd
 
     from suites import judgement
-    from suites.plan import safe_name
-    from suites.record import write_whole
     from suites.table import drawn, load, make_console, say
 
-    console = make_console()
+    console, name = make_console(), cells[0].suite.name
     (now, problems), (before, kept_problems) = load(cells, out), load(cells, against)
     for problem in [*problems, *kept_problems]:
         say(console, f"not judged: {problem}")
@@ -83,17 +97,27 @@ def present(cells: Sequence[Cell], out: Path, against: Path) -> int:
         say(console, f"not judged: {error}")
         return FAILED
     frame = pd.DataFrame([judgement.row(finding) for finding in findings])
-    name = cells[0].suite.name
-    console.print(drawn(f"{name}: now and before", frame))
     notes = [judgement.NOTE, *judgement.machines(now, before)]
+    console.print(drawn(f"{name}: now and before", frame))
     for note in notes:
         console.print(note, markup=False, highlight=False)
+    num_worse = sum(finding.verdict == judgement.WORSE for finding in findings)
+    say(console, f"{num_worse} of {len(findings)} measures got worse")
     path = out / "tables" / f"{safe_name(name)}-gate.md"
+    try:
+        write(frame, notes, name, path)
+    except OSError as error:
+        say(console, f"{path} cannot be written: {error}")
+        return FAILED
+    say(console, f"written to {path}")
+    return FAILED if num_worse or problems or kept_problems else 0
+
+
+def write(frame: pd.DataFrame, notes: Sequence[str], name: str, path: Path) -> None:
+    from suites.record import write_whole
+
     text = frame.to_markdown(index=False, disable_numparse=True)
     write_whole("\n\n".join([f"# {name}: now and before", text, *notes]) + "\n", path)
-    num_worse = sum(finding.verdict == judgement.WORSE for finding in findings)
-    say(console, f"{num_worse} of {len(findings)} measures got worse; written to {path}")
-    return FAILED if num_worse or problems or kept_problems else 0
 
 
 if __name__ == "__main__":

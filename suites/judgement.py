@@ -25,7 +25,8 @@ NOTE = (
     "difference, paired by item and seed, lying below 0; step time or peak memory of training, as "
     f"a ratio to {BASELINE}'s with the same seed, rose by more than {COST_LIMIT:.0%} at the low "
     f"end of its 95 % interval over seeds; a size rose by more than {SIZE_LIMIT:.1%}; a cell is "
-    "not ok that was. Costs are judged on the same hardware alone."
+    "not ok that was, or a measure is missing that was there. Costs are judged on the same "
+    "hardware alone, time and peak by two seeds at least."
 )
 
 
@@ -44,11 +45,16 @@ class Finding:
 def judge(now: Sequence[Record], before: Sequence[Record]) -> list[Finding]:
     """Every measure of every method of `before`, in its order.
 
-    Raises MixedRecordsError if either is of different hardware, worlds or suites, or if the tasks
-    asked other items.
+    Raises MixedRecordsError if either is of different hardware, if they are of different worlds or
+    suites, or if the tasks asked other items.
     """
     report.require_comparable(now)
     report.require_comparable(before)
+    if len(worlds := {each.world for each in (*now, *before) if each.status == "ok"}) > 1:
+        raise MixedRecordsError(
+            f"the embedded world is another ({', '.join(sorted(map(str, worlds)))}), as it is with "
+            "other libraries: keep a new run"
+        )
     same_machine = _hardware(now) == _hardware(before)
     findings = []
     for method in dict.fromkeys(record.method_name for record in before):
@@ -68,7 +74,7 @@ def _ok(records: Sequence[Record], method: str) -> list[Record]:
 
 def _hardware(records: Sequence[Record]) -> set[str]:
     """One or none: `require_comparable` saw to it."""
-    return {each.environment.hardware for each in records if each.environment is not None}
+    return {each.environment.hardware for each in records if each.status == "ok"}
 
 
 def _cells(method: str, own: Sequence[Record], then: Sequence[Record]) -> Finding:
@@ -77,48 +83,59 @@ def _cells(method: str, own: Sequence[Record], then: Sequence[Record]) -> Findin
 
 
 def _score(method: str, role: str, own: Sequence[Record], then: Sequence[Record]) -> Finding:
-    means = [statistics.fmean(report.role_means(each, role)) for each in (then, own)]
-    paired = report.item_differences(own, then, role)
-    if not paired:  # no seed in common
-        return Finding(method, role, *means, UNJUDGED)
-    found = stats.paired_difference(paired)
+    """Over the seeds that both have."""
+    own, then = _shared(own, then), _shared(then, own)
+    before, now = (_mean(report.role_means(each, role)) for each in (then, own))
+    if now is None or before is None:
+        return Finding(method, role, before, now, WORSE if then else UNJUDGED)
+    found = stats.paired_difference(report.item_differences(own, then, role))
     verdict = SAME
     if found.high < 0 and found.mean < -SCORE_LIMIT:
         verdict = WORSE
     elif found.low > 0 and found.mean > SCORE_LIMIT:
         verdict = BETTER
-    return Finding(method, role, *means, verdict)
+    return Finding(method, role, before, now, verdict)
+
+
+def _shared(records: Sequence[Record], others: Sequence[Record]) -> list[Record]:
+    seeds = {each.seed for each in others}
+    return [each for each in records if each.seed in seeds]
 
 
 def _costs(
     method: str, now: Sequence[Record], before: Sequence[Record], same_machine: bool
 ) -> list[Finding]:
     """Step time and peak memory of training beside LoRA's, by which the machine's mood cancels."""
-    if method == BASELINE:
-        return []
     findings = []
     for measure, of in {"step time": report.step_seconds, "train peak": _train_peak}.items():
-        own, then = _beside_lora(now, method, of), _beside_lora(before, method, of)
-        change = stats.paired_ratio(own, then)
-        if change is None:
-            continue
-        means = [statistics.fmean(ratios.values()) for ratios in (then, own)]
-        margin = change.half_width or 0.0
-        verdict = _verdict(change.mean - margin, change.mean + margin, COST_LIMIT)
-        name = f"{measure} x {BASELINE}"
-        findings.append(Finding(method, name, *means, verdict if same_machine else UNJUDGED))
-    return findings
+        then, own = _beside_lora(before, method, of), _beside_lora(now, method, of)
+        seeds = then.keys() & own.keys()
+        means = [_mean([ratios[seed] for seed in seeds]) for ratios in (then, own)]
+        verdict = UNJUDGED
+        if not seeds and then:
+            verdict = WORSE
+        elif same_machine and len(seeds) > 1:
+            verdict = _ratio_verdict(own, then)
+        findings.append(Finding(method, f"{measure} x {BASELINE}", *means, verdict))
+    return [] if method == BASELINE else findings
+
+
+def _ratio_verdict(own: Mapping[int, float], then: Mapping[int, float]) -> str:
+    change = stats.paired_ratio(own, then)
+    assert change is not None and change.half_width is not None
+    low, high = change.mean - change.half_width, change.mean + change.half_width
+    return _verdict(low, high, COST_LIMIT)
 
 
 def _beside_lora(
     records: Sequence[Record], method: str, of: Callable[[Record], float | None]
 ) -> Mapping[int, float]:
-    """Seed -> what `of` says of the method's record over what it says of LoRA's."""
+    """Seed -> what `of` says of the method's record over what it says of LoRA's; neither is 0."""
     own, base = (
-        {each.seed: value for each in _ok(records, name) if (value := of(each)) is not None}
+        {each.seed: value for each in _ok(records, name) if (value := of(each))}
         for name in (method, BASELINE)
     )
-    return {seed: own[seed] / base[seed] for seed in own if base.get(seed)}
+    return {seed: own[seed] / base[seed] for seed in own if seed in base}
 
 
 def _train_peak(record: Record) -> float | None:
@@ -130,21 +147,28 @@ def _sizes(
 ) -> list[Finding]:
     findings = []
     for name in SIZES:
-        means = [_mean_size(each, name) for each in (then, own)]
-        if means[0] is None or means[1] is None:
+        before, now = (_mean_size(each, name) for each in (then, own))
+        if before is None:
             continue
-        ratio = means[1] / means[0] if means[0] else 1.0 + means[1]
-        verdict = _verdict(ratio, ratio, SIZE_LIMIT) if same_machine else UNJUDGED
+        verdict = UNJUDGED
+        if now is None:
+            verdict = WORSE
+        elif same_machine:
+            ratio = now / before if before else 1.0 + now
+            verdict = _verdict(ratio, ratio, SIZE_LIMIT)
         measure = name.removesuffix("_bytes").replace("_", " ") + " MiB"
-        before, now = (mean / MIB for mean in means if mean is not None)
-        findings.append(Finding(method, measure, before, now, verdict))
+        sizes = [None if size is None else size / MIB for size in (before, now)]
+        findings.append(Finding(method, measure, *sizes, verdict))
     return findings
 
 
 def _mean_size(records: Sequence[Record], name: str) -> float | None:
     sizes = [getattr(each.size, name) for each in records if each.size is not None]
-    known = [size for size in sizes if size is not None]
-    return statistics.fmean(known) if known else None
+    return _mean([size for size in sizes if size is not None])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
 
 
 def _verdict(low: float, high: float, limit: float) -> str:

@@ -1,4 +1,4 @@
-"""Records -> the table: on the terminal, as Markdown and as CSV. Knows records and nothing else."""
+"""Records -> the numbers of the table. Knows records and nothing else."""
 
 from __future__ import annotations
 

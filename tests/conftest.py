@@ -47,3 +47,8 @@ def world_cache(tmp_path_factory):
 def world_folder(tiny_world, world_cache):
     """The folder of `tiny_world`; tests read it and leave it as it is."""
     return build(tiny_world, world_cache)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest test first, so that in the end nobody waits for it alone."""
+    items.sort(key=lambda item: "test_quickstart.py" not in item.nodeid)

@@ -141,7 +141,9 @@ def write_entries(
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Within the context, runs every op by the backend `name` (None: back to the rule).
+    """Within the context, runs `sampled_gradients` by the backend `name` (None: back to the rule).
+
+    The micro-batch that chooses growth candidates has a dense product all the same.
 
     Raises:
         ValueError: there is no such backend.

@@ -197,7 +197,7 @@ def _largest(
         if len(values) < k:
             found = _highest(ranks, min(k, len(ranks)))
         else:
-            found = (ranks > rank(values).amin()).nonzero().squeeze(1)
+            found = (ranks <= rank(values).amin()).logical_not_().nonzero().squeeze(1)  # NaN too
         indices = torch.cat([indices, found + start * cols])
         values = torch.cat([values, entries[found]])
         if start > 0:

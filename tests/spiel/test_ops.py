@@ -106,6 +106,15 @@ def test_largest_gradients_of_reduced_blocks_and_entries_as_they_were():
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("row", [0, 32])
+def test_a_value_that_is_not_finite_is_among_the_largest_wherever_it_stands(row):
+    left, right = operands(40, 33, 21)
+    left[3, row] = float("nan")
+    _, values = blocked.largest_gradients(left, right, 30)
+    assert int(values.isnan().sum()) == 21
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("k", [1, 50, 600])
 def test_largest_products_leave_out_the_excluded(k):
     torch.manual_seed(k)
@@ -146,6 +155,21 @@ def test_the_rule_takes_single_entries_where_they_are_faster(has_numba, sparse, 
     assert ops.choose_backend(cpu, 1000, 512 * 512) == sparse
     assert ops.choose_backend(cpu, 512 * 160, 512 * 512) == "blocked"
     assert ops.choose_backend(cpu, 10, 32 * 32) == "blocked"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_threads_leave_a_gradient_of_its_own_size(backend):
+    left, right, indices = *operands(300, 40, 33), random_support(500, 40 * 33)
+    expected = reference.sampled_gradients(left, right, [indices])[0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ops.use_backend(backend):
+            values = ops.sampled_gradient(left, right, indices)
+    finally:
+        torch.set_num_threads(threads)
+    assert_close_rms(values, expected, 1e-5)
+    assert values.untyped_storage().nbytes() == 4 * 500
 
 
 def test_operands_that_change_or_move_are_transposed_anew():

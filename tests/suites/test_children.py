@@ -4,10 +4,11 @@ import gc
 import sys
 
 from suites import children
-from suites.libraries import LIBRARIES
 
 
 def look(connection):
+    from suites.libraries import LIBRARIES  # here: it keeps the collector from what is loaded
+
     connection.send([name for name in LIBRARIES if name not in sys.modules])
     connection.send((gc.isenabled(), gc.get_freeze_count() > 100_000))
 

@@ -104,6 +104,46 @@ def test_a_cell_that_failed_is_worse():
     assert verdicts(both(), now)["spiel", "cells ok"] == SAME
 
 
+@pytest.mark.parametrize(
+    ("lost", "measure"),
+    [
+        ({"phases": {}}, "train peak x lora"),
+        ({"size": None}, "artifact MiB"),
+        ({"scores": {}}, "target"),
+    ],
+)
+def test_a_measure_that_is_missing_now_is_worse(lost, measure):
+    now = both()
+    now[2:] = [dataclasses.replace(each, **lost) for each in now[2:]]
+    assert verdicts(now)["spiel", measure] == WORSE
+
+
+def test_without_lora_or_with_one_seed_costs_are_not_judged():
+    slow = {"seconds": 9.0}
+    found = verdicts(both(slow)[2:], both()[2:])
+    assert found["spiel", "step time x lora"] == UNJUDGED
+    assert verdicts(both(slow)[2:])["spiel", "step time x lora"] == WORSE  # LoRA is missing now
+    found = verdicts(both(slow, seeds=(0,)), both(seeds=(0,)))
+    assert found["spiel", "step time x lora"] == UNJUDGED
+
+
+def test_nothing_is_divided_by_a_peak_of_zero():
+    found = verdicts(both({"train_bytes": 0}), both({"train_bytes": 0}))
+    assert found["spiel", "train peak x lora"] == UNJUDGED
+
+
+def test_another_world_is_refused():
+    now = [dataclasses.replace(each, world="another") for each in both()]
+    with pytest.raises(judgement.MixedRecordsError, match="keep a new run"):
+        judgement.judge(now, both())
+
+
+def test_a_failed_cell_elsewhere_does_not_hide_costs():
+    gpu = dataclasses.replace(ENVIRONMENT, gpus=("A GPU",), device="cuda:0")
+    lost = dataclasses.replace(run("spiel", seed=2, environment=gpu), status="oom")
+    assert verdicts(both({"seconds": 9.0}), [*both(), lost])["spiel", "step time x lora"] == WORSE
+
+
 def test_costs_of_other_hardware_are_not_judged():
     gpu = dataclasses.replace(ENVIRONMENT, gpus=("A GPU",), device="cuda:0")
     now = [run(method, 20, 9.0, train_bytes=2**30, environment=gpu) for method in ("lora", "spiel")]
@@ -159,6 +199,8 @@ def test_the_command_passes_and_fails(tmp_path, capsys):
     assert "| spiel    | target" in written
     assert "WORSE" in written
     assert command(tmp_path, "--methods", "lora") == 0
+    keep(tmp_path / "now", both(spiel={"seconds": 9.0}))
+    assert command(tmp_path, "--methods", "spiel") == 1  # beside LoRA, though it was not named
 
 
 def test_what_was_not_run_fails(tmp_path, capsys):

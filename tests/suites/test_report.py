@@ -129,12 +129,13 @@ def test_latex_means_what_the_table_says(tmp_path):
     assert r"beyond what the libraries hold" in text[text.index(r"\footnotesize") :]
     assert text.rstrip().endswith(r"\end{table}")
     unescaped = re.sub(r"\\[%#_&]|&| \\\\|^%.*", "", text, flags=re.MULTILINE)
-    assert not set(unescaped) & set("%#&")
+    assert not set(unescaped) & set("%#&<>|")
 
 
 def test_what_means_something_to_latex_is_escaped():
-    assert documents.escaped(r"a_b 5% & #1 {x} \y ~ ^") == (
+    assert documents.escaped(r"a_b 5% & #1 {x} \y ~ ^ < > |") == (
         r"a\_b 5\% \& \#1 \{x\} \textbackslash{}y \textasciitilde{} \textasciicircum{}"
+        r" \textless{} \textgreater{} \textbar{}"
     )
 
 
