@@ -163,7 +163,7 @@ def test_a_hub_that_keeps_silent_is_not_waited_for(monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
         started = time.monotonic()
         lines = missing_from_hub(SUITES["mmlu_flan"])
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 7  # one after the other they would take 8
     assert len(lines) == 4
 
 

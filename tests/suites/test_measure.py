@@ -100,7 +100,7 @@ def test_phases_are_told_timed_and_kept_after_a_failure():
     with pytest.raises(RuntimeError):
         fail()
     assert told == ["load"]
-    assert 0.02 <= meter.phases["load"].seconds < 1
+    assert 0.02 <= meter.phases["load"].seconds < 5
     assert meter.phases["load"].peak_bytes >= 0
 
 

@@ -31,7 +31,7 @@ def test_built_in_tasks_are_found_fast_and_name_their_data():
         name: len(questions.subtasks(name, None))
         for name in ("mmlu", "tydiqa_goldp", "gsm8k_cot", "bbh_cot_fewshot", "humaneval")
     }
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 6
     assert counts == {
         "mmlu": 57,
         "tydiqa_goldp": 9,
