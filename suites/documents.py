@@ -9,6 +9,19 @@ import pandas as pd
 
 from suites.plan import safe_name
 
+#: What means something to LaTeX -> how it is written so that it means itself.
+_LATEX = str.maketrans(
+    {
+        **{sign: rf"\{sign}" for sign in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+    }
+)
+
 
 def write(
     tables: dict[str, pd.DataFrame],
@@ -66,7 +79,4 @@ def latex(tables: dict[str, pd.DataFrame], notes: Sequence[str], name: str) -> s
 
 def escaped(text: str) -> str:
     """`text` with what means something to LaTeX written so that it means itself."""
-    names = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater"}
-    words = {sign: rf"\text{name}{{}}" for sign, name in {**names, "|": "bar"}.items()}
-    marks = {sign: rf"\{sign}" for sign in "&%$#_{}"}
-    return text.translate(str.maketrans({**marks, **words}))
+    return text.translate(_LATEX)

@@ -129,31 +129,27 @@ def compared(setting: dict[str, Any], records: Sequence[Record]) -> list[dict[st
     None without a LoRA that ended well. Raises MixedRecordsError for records that do not belong
     together.
     """
-    from suites.report import require_comparable, step_seconds
+    from suites.report import require_comparable, step_seconds, train_peak_bytes
+    from suites.table import MIB
 
     rivals = [each for each in records if each.status == "ok" and each.method_name in RIVALS]
     if not rivals:
         return []
     require_comparable(records)
     fastest = min(step_seconds(each) or math.inf for each in rivals)
-    smallest = min(peak_bytes(each) for each in rivals)
+    smallest = min(train_peak_bytes(each) or 0 for each in rivals)
     labels = {name: "-" if value is None else str(value) for name, value in setting.items()}
     rows = []
     for each in records:
         seconds = step_seconds(each) if each.status == "ok" else None
         cells = ["-", each.status, "-", each.status]
         if seconds is not None:
-            own = (1e3 * seconds, seconds / fastest, peak_bytes(each) / 2**20)
-            cells = [f"{own[0]:.1f}", f"{own[1]:.3f}", f"{own[2]:.0f}"]
-            cells.append(f"{peak_bytes(each) / smallest:.3f}")
+            peak = train_peak_bytes(each) or 0
+            cells = [f"{1e3 * seconds:.1f}", f"{seconds / fastest:.3f}"]
+            cells += [f"{peak / MIB:.0f}", f"{peak / smallest:.3f}"]
         columns = ("ms/step", "time x lora", "MiB", "memory x lora")
         rows.append(labels | {"method": each.method_name} | dict(zip(columns, cells, strict=True)))
     return rows
-
-
-def peak_bytes(record: Record) -> int:
-    """The most memory that training took: allocated on a GPU, resident on a CPU."""
-    return record.phases["train"].peak_bytes or 0
 
 
 if __name__ == "__main__":

@@ -13,26 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from suites.catalog import SUITES
-from suites.options import Parser, add_cells, add_overrides, parse_methods, parse_seeds
+from suites.options import Parser, add_overrides, cells_parser
 from suites.plan import Cell, plan, safe_name
-from suites.run import suite_of
+from suites.run import FAILED, selected
 
 if TYPE_CHECKING:
     import pandas as pd
-
-FAILED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     arguments = parser.parse_args(argv)
-    if arguments.suite is None:
-        parser.error(f"no suite given; choose from {', '.join(SUITES)}")
     try:
-        suite = suite_of(arguments)
-        seeds = suite.seeds if arguments.seeds is None else parse_seeds(arguments.seeds)
-        cells = plan(suite, parse_methods(arguments.methods, suite), seeds)
+        cells = plan(*selected(arguments))
         kept = kept_cells(cells, arguments.against, arguments.methods is not None)
         kept = with_baseline(kept, arguments.against)
     except ValueError as error:
@@ -41,12 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> Parser:
-    parser = Parser(
-        prog="python -m suites.gate",
-        description="Fails when a method got worse, slower or larger than it was in a kept run.",
-        allow_abbrev=False,
+    parser = cells_parser(
+        "python -m suites.gate",
+        "Fails when a method got worse, slower or larger than it was in a kept run.",
     )
-    add_cells(parser)
     add = parser.add_argument
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="results to judge")
     add("--against", type=Path, default=Path("results/baselines"), metavar="DIR",

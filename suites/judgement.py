@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from suites import report, stats
 from suites.record import Record
 from suites.report import BASELINE, ROLES
 from suites.report import MixedRecordsError as MixedRecordsError
+from suites.table import MIB, number, where
 
 BETTER, SAME, WORSE, UNJUDGED = "better", "same", "WORSE", "-"
 
@@ -18,7 +18,6 @@ BETTER, SAME, WORSE, UNJUDGED = "better", "same", "WORSE", "-"
 SCORE_LIMIT, COST_LIMIT, SIZE_LIMIT = 0.01, 0.05, 0.001
 
 SIZES = ("saved_for_backward_bytes", "optimizer_state_bytes", "artifact_bytes")
-MIB = 2**20
 
 NOTE = (
     f"WORSE: target or retention fell by more than {SCORE_LIMIT:g}, the 95 % interval of the "
@@ -63,7 +62,8 @@ def judge(now: Sequence[Record], before: Sequence[Record]) -> list[Finding]:
         if not own or not then:
             continue
         findings += [_score(method, role, own, then) for role in ROLES if then[0].scores_of(role)]
-        findings += _costs(method, now, before, same_machine)
+        if method != BASELINE:
+            findings += _costs(method, now, before, same_machine)
         findings += _sizes(method, own, then, same_machine)
     return findings
 
@@ -85,7 +85,7 @@ def _cells(method: str, own: Sequence[Record], then: Sequence[Record]) -> Findin
 def _score(method: str, role: str, own: Sequence[Record], then: Sequence[Record]) -> Finding:
     """Over the seeds that both have."""
     own, then = _shared(own, then), _shared(then, own)
-    before, now = (_mean(report.role_means(each, role)) for each in (then, own))
+    before, now = (report.mean(report.role_means(each, role)) for each in (then, own))
     if now is None or before is None:
         return Finding(method, role, before, now, WORSE if then else UNJUDGED)
     found = stats.paired_difference(report.item_differences(own, then, role))
@@ -107,17 +107,20 @@ def _costs(
 ) -> list[Finding]:
     """Step time and peak memory of training beside LoRA's, by which the machine's mood cancels."""
     findings = []
-    for measure, of in {"step time": report.step_seconds, "train peak": _train_peak}.items():
+    for measure, of in {
+        "step time": report.step_seconds,
+        "train peak": report.train_peak_bytes,
+    }.items():
         then, own = _beside_lora(before, method, of), _beside_lora(now, method, of)
         seeds = then.keys() & own.keys()
-        means = [_mean([ratios[seed] for seed in seeds]) for ratios in (then, own)]
+        means = [report.mean(ratios[seed] for seed in seeds) for ratios in (then, own)]
         verdict = UNJUDGED
         if not seeds and then:
             verdict = WORSE
         elif same_machine and len(seeds) > 1:
             verdict = _ratio_verdict(own, then)
         findings.append(Finding(method, f"{measure} x {BASELINE}", *means, verdict))
-    return [] if method == BASELINE else findings
+    return findings
 
 
 def _ratio_verdict(own: Mapping[int, float], then: Mapping[int, float]) -> str:
@@ -131,15 +134,8 @@ def _beside_lora(
     records: Sequence[Record], method: str, of: Callable[[Record], float | None]
 ) -> Mapping[int, float]:
     """Seed -> what `of` says of the method's record over what it says of LoRA's; neither is 0."""
-    own, base = (
-        {each.seed: value for each in _ok(records, name) if (value := of(each))}
-        for name in (method, BASELINE)
-    )
-    return {seed: own[seed] / base[seed] for seed in own if seed in base}
-
-
-def _train_peak(record: Record) -> float | None:
-    return record.phases["train"].peak_bytes if "train" in record.phases else None
+    own, base = (report.by_seed(records, name, of) for name in (method, BASELINE))
+    return {seed: own[seed] / base[seed] for seed in own if own[seed] and base.get(seed)}
 
 
 def _sizes(
@@ -163,12 +159,7 @@ def _sizes(
 
 
 def _mean_size(records: Sequence[Record], name: str) -> float | None:
-    sizes = [getattr(each.size, name) for each in records if each.size is not None]
-    return _mean([size for size in sizes if size is not None])
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None
+    return report.mean(getattr(each.size, name) for each in records if each.size is not None)
 
 
 def _verdict(low: float, high: float, limit: float) -> str:
@@ -180,8 +171,6 @@ def _verdict(low: float, high: float, limit: float) -> str:
 
 def row(finding: Finding) -> dict[str, str]:
     """The finding in rounded numbers."""
-    from suites.table import number
-
     change = None
     if finding.before is not None and finding.now is not None:
         change = finding.now - finding.before
@@ -197,8 +186,6 @@ def row(finding: Finding) -> dict[str, str]:
 
 def machines(now: Sequence[Record], before: Sequence[Record]) -> list[str]:
     """Where and by which code each was made."""
-    from suites.table import where
-
     return [
         f"{name}: {place}"
         for name, records in {"before": before, "now": now}.items()

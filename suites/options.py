@@ -32,12 +32,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> Parser:
-    parser = Parser(
-        prog="python -m suites.run",
-        description="Trains and evaluates methods on a suite, seed by seed, and prints the table.",
-        allow_abbrev=False,
+    parser = cells_parser(
+        "python -m suites.run",
+        "Trains and evaluates methods on a suite, seed by seed, and prints the table.",
     )
-    add_cells(parser)
     add = parser.add_argument
     add("--search", action="store_true", help="try each grid on dev, run the seeds at the pick")
     add("--search-only", action="store_true", help="try each grid on dev and stop")
@@ -48,13 +46,15 @@ def make_parser() -> Parser:
     return parser
 
 
-def add_cells(parser: Parser) -> None:
-    """What names the cells of a suite."""
+def cells_parser(prog: str, description: str) -> Parser:
+    """A parser of what names the cells of a suite."""
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
     add = parser.add_argument
     names = ", ".join(SUITES)
     add("suite", nargs="?", help=f"one of: {names}; or a path to a file that defines SUITE")
     add("--methods", metavar="A,B", help="methods by name (default: all the suite has tuned)")
     add("--seeds", metavar="0,1,2", help="seeds (default: the suite's)")
+    return parser
 
 
 def add_overrides(parser: Parser) -> None:

@@ -48,7 +48,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     base = [
         record for record in records if record.method_name == BASELINE and record.status == "ok"
     ]
-    base_seconds = _step_seconds_by_seed(base, BASELINE)
+    base_seconds = by_seed(base, BASELINE, step_seconds)
     rows = []
     for method in methods:
         own = [record for record in records if record.method_name == method]
@@ -60,7 +60,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
             if record.status != "ok"
         ]
         row |= _quality(ok) | _cost(ok) | compared(ok, base)
-        seconds = _step_seconds_by_seed(own, method)
+        seconds = by_seed(own, method, step_seconds)
         row |= columns("step_seconds", list(seconds.values()))
         ratio = stats.paired_ratio(seconds, base_seconds)
         row[f"step_ratio_to_{BASELINE}"] = ratio.mean if ratio else None
@@ -85,13 +85,21 @@ def tokens_per_second(record: Record) -> float | None:
     return record.training.num_tokens / num_steps / seconds if seconds else None
 
 
-def _step_seconds_by_seed(records: Iterable[Record], method: str) -> dict[int, float]:
+def train_peak_bytes(record: Record) -> int | None:
+    """The most memory that training took: allocated on a GPU, resident on a CPU."""
+    return record.phases["train"].peak_bytes if "train" in record.phases else None
+
+
+def by_seed(
+    records: Iterable[Record], method: str, of: Callable[[Record], float | None]
+) -> dict[int, float]:
+    """Seed -> what `of` says of the method's record, where that is ok and says something."""
     return {
-        record.seed: seconds
+        record.seed: value
         for record in records
         if record.method_name == method
         and record.status == "ok"
-        and (seconds := step_seconds(record)) is not None
+        and (value := of(record)) is not None
     }
 
 
@@ -163,15 +171,13 @@ def _cost(ok: Sequence[Record]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for phase in PHASES:
         costs = [record.phases[phase] for record in ok if phase in record.phases]
-        row[f"{phase}_seconds"] = _mean(cost.seconds for cost in costs)
-        row[f"{phase}_peak_bytes"] = _mean(cost.peak_bytes for cost in costs)
-    row["callback_seconds_per_step"] = _mean(
-        _mean(record.training.callback_seconds) for record in ok
-    )
-    row["tokens_per_second"] = _mean(tokens_per_second(record) for record in ok)
-    row["first_step_flops"] = _mean(record.training.first_step_flops for record in ok)
+        row[f"{phase}_seconds"] = mean(cost.seconds for cost in costs)
+        row[f"{phase}_peak_bytes"] = mean(cost.peak_bytes for cost in costs)
+    row["callback_seconds_per_step"] = mean(mean(record.training.callback_seconds) for record in ok)
+    row["tokens_per_second"] = mean(tokens_per_second(record) for record in ok)
+    row["first_step_flops"] = mean(record.training.first_step_flops for record in ok)
     for name in ("saved_for_backward_bytes", "optimizer_state_bytes", "artifact_bytes"):
-        row[name] = _mean(getattr(record.size, name) for record in ok)
+        row[name] = mean(getattr(record.size, name) for record in ok)
     return row
 
 
@@ -183,6 +189,7 @@ def columns(name: str, values: Sequence[float]) -> dict[str, float | None]:
     return {name: found.mean, f"{name}_ci95": found.half_width}
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are known; None if none is."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None

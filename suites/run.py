@@ -29,11 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         print(listing())
         return 0
-    if arguments.suite is None:
-        parser.error(f"no suite given; choose from {', '.join(SUITES)}")
+    searching = arguments.search or arguments.search_only
     try:
-        suite, methods, seeds = selected(arguments)
-        searching = arguments.search or arguments.search_only
+        suite, methods, seeds = selected(arguments, searching)
         cells = (plan_search if searching else plan)(suite, methods, seeds)
         if arguments.plan:
             return preview(cells, arguments.out, execution(arguments))
@@ -66,20 +64,18 @@ def preview(cells: Sequence[Cell], out: Path, way: Execution) -> int:
         gc.enable()
 
 
-def selected(arguments: argparse.Namespace) -> tuple[Suite, tuple[str, ...], tuple[int, ...]]:
-    """Suite, methods and seeds; ValueError for what there is not."""
-    suite = suite_of(arguments)
-    searching = arguments.search or arguments.search_only
+def selected(
+    arguments: argparse.Namespace, searching: bool = False
+) -> tuple[Suite, tuple[str, ...], tuple[int, ...]]:
+    """The suite as the flags change it, methods and seeds; ValueError for what there is not."""
+    name = arguments.suite
+    if name is None:
+        raise ValueError(f"no suite given; choose from {', '.join(SUITES)}")
+    found = load_suite(name) if is_file(name) else choose("suite", name, SUITES)
+    suite = override(found, **{flag: getattr(arguments, flag) for flag in OVERRIDES})
     methods = parse_methods(arguments.methods, suite, searching)
     seeds = suite.seeds if arguments.seeds is None else parse_seeds(arguments.seeds)
     return suite, methods, seeds
-
-
-def suite_of(arguments: argparse.Namespace) -> Suite:
-    """The suite that is named, as the flags change it; ValueError for what there is not."""
-    name = arguments.suite
-    found = load_suite(name) if is_file(name) else choose("suite", name, SUITES)
-    return override(found, **{flag: getattr(arguments, flag) for flag in OVERRIDES})
 
 
 def start(cells: Sequence[Cell], out: Path, way: Execution, searching: bool = False) -> int:
