@@ -151,12 +151,12 @@ class SpielLinear(nn.Module, BaseTunerLayer):
             return []
         return [name for name in self.active_adapters if name in self.spiel_deltas]
 
-    def make_live(self, adapters: Sequence[str] | None = None) -> None:
-        """Brings the weight up to date with the deltas of `adapters` (None: the active ones).
+    def make_live(self, adapters: Sequence[str]) -> None:
+        """Brings the weight up to date with the deltas of `adapters`.
 
         Nothing is cached between calls: an optimizer may have changed the deltas by any means.
         """
-        if not self.merged and self._hold(self._wanted() if adapters is None else adapters):
+        if not self.merged and self._hold(adapters):
             assert self._live is not None
             self._live.write(self.spiel_deltas)
 

@@ -60,7 +60,7 @@ class SpielLinear4bit(SpielLinear):
     def _packing(self) -> Any:
         return self.base_layer.weight.quant_state  # type: ignore[union-attr]
 
-    def make_live(self, adapters: Sequence[str] | None = None) -> None:
+    def make_live(self, adapters: Sequence[str]) -> None:
         """Nothing to do: the deltas never enter the packed weight."""
 
     def put_back(self) -> None:

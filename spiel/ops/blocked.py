@@ -5,6 +5,7 @@ never exists. See `spiel.ops.reference` for what each op computes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -59,18 +60,21 @@ class BlockEntries:
     """
 
     def __init__(self, supports: Sequence[torch.Tensor], rows: int, cols: int) -> None:
-        self._supports = supports
-        self._edges = [start * cols for start, _ in row_blocks(rows, cols)]
-        self._cuts = [[*_kept_cuts(each, self._edges), len(each)] for each in supports]
+        self._supports, self._cols = supports, cols
+        starts = [start for start, _ in row_blocks(rows, cols)]
+        edges = [start * cols for start in starts]
+        cuts = [pairwise([*_kept_cuts(each, edges), len(each)]) for each in supports]
+        #: For each support, first row of a block -> where its part of the support begins and ends.
+        self._parts = [dict(zip(starts, own, strict=True)) for own in cuts]
         self.values = [
             torch.empty(len(each), dtype=torch.float32, device=each.device) for each in supports
         ]
 
-    def read(self, number: int, block: torch.Tensor) -> None:
-        """Takes what is wanted of the `number`-th block."""
-        for indices, cut, own in zip(self._supports, self._cuts, self.values, strict=True):
-            here = slice(cut[number], cut[number + 1])
-            places = indices[here] - self._edges[number]
+    def read(self, start: int, block: torch.Tensor) -> None:
+        """Takes what is wanted of the block whose first row is `start`."""
+        for indices, parts, own in zip(self._supports, self._parts, self.values, strict=True):
+            here = slice(*parts[start])
+            places = indices[here] - start * self._cols
             torch.index_select(block.reshape(-1), 0, places, out=own[here])
 
 
@@ -81,8 +85,8 @@ def sampled_gradients(
     left_TR, right_TC = _operands(left_TR, right_TC)
     shape = left_TR.shape[1], right_TC.shape[1]
     entries = BlockEntries(supports, *shape)
-    for number, (start, stop) in enumerate(row_blocks(*shape)):
-        entries.read(number, _product(left_TR[:, start:stop], right_TC))
+    for start, stop in row_blocks(*shape):
+        entries.read(start, _product(left_TR[:, start:stop], right_TC))
     return entries.values
 
 
@@ -99,10 +103,10 @@ def largest_gradients(
     """
     left_TR, right_TC = _operands(left_TR, right_TC)
 
-    def block(number: int, start: int, stop: int) -> torch.Tensor:
+    def block(start: int, stop: int) -> torch.Tensor:
         values = _product(left_TR[:, start:stop], right_TC)
         if entries is not None:
-            entries.read(number, values)
+            entries.read(start, values)
         if reduce is not None:
             reduce(values)
         return values.reshape(-1)
@@ -121,7 +125,7 @@ def largest_products(
     """
     cols = len(col)
 
-    def block(_: int, start: int, stop: int) -> torch.Tensor:
+    def block(start: int, stop: int) -> torch.Tensor:
         products = torch.outer(row[start:stop].float(), col.float()).reshape(-1)
         lo, hi = _cuts(exclude, [start * cols, stop * cols])
         return products.index_fill_(0, exclude[lo:hi].long() - start * cols, -1.0)
@@ -173,15 +177,15 @@ def _cuts(indices: torch.Tensor, bounds: list[int]) -> list[int]:
 
 
 def _largest(
-    block: Callable[[int, int, int], torch.Tensor],
+    block: Callable[[int, int], torch.Tensor],
     rank: Callable[[torch.Tensor], torch.Tensor],
     rows: int,
     cols: int,
     k: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `k` entries of highest rank of a matrix, by ascending index; `block(number, start, stop)`
-    gives the entries of its rows from start to stop.
+    """The `k` entries of highest rank of a matrix, by ascending index; `block(start, stop)` gives
+    the entries of its rows from start to stop.
 
     Keeps the best so far and looks, in each block, only at what beats the least of them. Equal
     ranks fall as `torch.topk` lets them, as in the original code: products of MA tie exactly where
@@ -191,8 +195,8 @@ def _largest(
     values = torch.empty(0, dtype=torch.float32, device=device)
     if k == 0:
         return indices, values
-    for number, (start, stop) in enumerate(row_blocks(rows, cols)):
-        entries = block(number, start, stop)
+    for start, stop in row_blocks(rows, cols):
+        entries = block(start, stop)
         ranks = rank(entries)
         if len(values) < k:
             found = _highest(ranks, min(k, len(ranks)))
