@@ -229,4 +229,6 @@ def _num_threads() -> int:
         _kept.asked = torch.get_num_threads()
         _kept.num_threads = min(_kept.asked, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         numba.set_num_threads(_kept.num_threads)
+        # At its first call numba sets OpenMP's number of threads, which is torch's too.
+        torch.set_num_threads(_kept.asked)
     return _kept.num_threads

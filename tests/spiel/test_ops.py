@@ -1,5 +1,6 @@
 """Every backend against the dense definition, at awkward shapes."""
 
+import subprocess
 import sys
 
 import pytest
@@ -170,6 +171,19 @@ def test_several_threads_leave_a_gradient_of_its_own_size(backend):
         torch.set_num_threads(threads)
     assert_close_rms(values, expected, 1e-5)
     assert values.untyped_storage().nbytes() == 4 * 500
+
+
+def test_the_first_product_leaves_torchs_number_of_threads_alone():
+    code = """if True:
+        import torch
+        from spiel import ops
+        torch.set_num_threads(1)
+        with ops.use_backend("compiled"):
+            ops.sampled_gradient(torch.ones(8, 4), torch.ones(8, 4), torch.arange(4))
+        print(torch.get_num_threads())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
 
 
 def test_operands_that_change_or_move_are_transposed_anew():
