@@ -125,8 +125,8 @@ class SpielAdamW(SpielOptimizer):
         """Moves the state of `parameter` to a new support and seeds it for grown weights.
 
         Args:
-            gradient_mean: [k], mean gradient over the steps seen; read where `exchange.grown`.
-            gradient_sq_mean: [k], mean squared gradient, likewise.
+            gradient_mean: [m], mean gradient of each of `exchange.grown` over the steps seen.
+            gradient_sq_mean: [m], mean squared gradient, likewise.
             num_steps: how many optimizer steps they were seen for: the age of grown weights.
         """
         state = self._state_of(parameter)
@@ -135,10 +135,10 @@ class SpielAdamW(SpielOptimizer):
             MOMENTS, seeds, self._group_of(parameter)["betas"], strict=True
         ):
             moved = fetch(state, name, self.state_dtype)[exchange.source]
-            seed = seed * (1 - beta**num_steps)
-            store(state, name, torch.where(exchange.grown, seed, moved), self.state_dtype)
+            moved.index_copy_(0, exchange.grown, seed * (1 - beta**num_steps))
+            store(state, name, moved, self.state_dtype)
         age = state["age"].to(parameter.device).expand(parameter.shape)[exchange.source]
-        state["age"] = age.masked_fill(exchange.grown, num_steps)
+        state["age"] = age.index_fill_(0, exchange.grown, num_steps)
 
     def _group_of(self, parameter: torch.Tensor) -> dict[str, Any]:
         for group in self.param_groups:

@@ -13,6 +13,7 @@ from numbers import Integral
 
 import torch
 
+from spiel.ranking import largest
 from spiel.support import find
 
 
@@ -69,8 +70,8 @@ class Schedule:
 class Exchange:
     """A change of one support. k entries, in the order of the new, sorted indices.
 
-    `source` [k] is the slot that each entry had before, or for a grown one the slot it took over;
-    `grown` [k] is True for the entries that are new, whose delta starts at 0.
+    `source` [k] is the slot that each entry had before, or for a grown one a slot that was left;
+    `grown` [m] has the places of the new entries, whose delta starts at 0, in ascending order.
     """
 
     indices: torch.Tensor
@@ -79,61 +80,58 @@ class Exchange:
 
     def move(self, values: torch.Tensor) -> torch.Tensor:
         """Per-entry values [k] brought to the new order, 0 for grown entries."""
-        return values[self.source].masked_fill_(self.grown, 0)
+        return values[self.source].index_fill_(0, self.grown, 0)
 
 
 def drop(deltas: torch.Tensor, n: int) -> torch.Tensor:
-    """Slots of the `n` deltas of smallest magnitude, smallest first; the first of equals."""
-    return _least(deltas.detach().abs(), n)
+    """A mask [k] of the `n` deltas of smallest magnitude, of equals the first; NaN goes before."""
+    return largest(deltas.detach().abs().neg_(), n)
 
 
 def grow_by_gradients(
     candidates: torch.Tensor,
     gradient_sums: torch.Tensor,
     indices: torch.Tensor,
-    dropped: torch.Tensor,
-) -> torch.Tensor:
-    """AG: places among `candidates` [c] to grow, largest |summed gradient| first.
+    deltas: torch.Tensor,
+    n: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """AG: which slots `n` grown entries take, and which candidates: places [m] of both, ascending.
 
-    As many as are dropped, or fewer where the candidates run out. A candidate that is active and
-    stays cannot be grown; one that is about to be dropped can, and then stays as it is.
+    The `n` smallest `deltas` [k] are dropped. Grown are the `n` candidates [c] of largest |summed
+    gradient| among those that are not active, or are dropped: such a one stays exactly as it is,
+    and needs no slot. So m is below n by as many as stay, or where candidates run out; then the
+    smallest deltas go first.
     """
-    staying = torch.ones(len(indices), dtype=torch.bool, device=indices.device)
-    staying[dropped] = False
+    dropped = drop(deltas, n)
     slots, is_active = find(indices, candidates)
-    free = (is_active & staying[slots]).logical_not_().nonzero().squeeze(1)
-    return free[_least(-gradient_sums[free].abs(), len(dropped))]
+    stays = is_active & dropped[slots].logical_not_()
+    ranks = gradient_sums.abs().masked_fill_(stays, -1)
+    grown = largest(ranks, min(n, len(stays) - int(stays.sum())))
+    returns = slots[grown & is_active]
+    entering = (grown & is_active.logical_not_()).nonzero().squeeze(1)
+    leaving = dropped.index_fill_(0, returns, False)
+    if len(entering) < n - len(returns):
+        leaving = drop(
+            deltas.detach().masked_fill(leaving.logical_not_(), torch.inf), len(entering)
+        )
+    return leaving.nonzero().squeeze(1), entering
 
 
-def _least(keys: torch.Tensor, n: int) -> torch.Tensor:
-    """Places of the `n` smallest keys, smallest first; the first of equals. All if there are less.
+def exchange(indices: torch.Tensor, slots: torch.Tensor, entering: torch.Tensor) -> Exchange:
+    """Puts the flat indices `entering` [m] in the place of those in `slots` [m].
 
-    Sorts only those that can be among them.
-    """
-    if n >= len(keys):
-        return keys.sort(stable=True).indices
-    if n == 0:
-        return torch.empty(0, dtype=torch.int64, device=keys.device)
-    near = (keys <= keys.kthvalue(n).values).nonzero().squeeze(1)
-    return near[keys[near].sort(stable=True).indices[:n]]
-
-
-def exchange(indices: torch.Tensor, dropped: torch.Tensor, entering: torch.Tensor) -> Exchange:
-    """Puts the flat indices `entering` in the place of those in the slots `dropped`.
-
-    Both come in order of preference. An index in both lists stays exactly as it is; the others
-    enter in pairs, until either list ends. Of active indices only those in `dropped` may enter.
+    `entering` is sorted and has no index that is active; `slots` is ascending.
     """
     entering = entering.to(indices.dtype)
-    at, is_active = find(indices, entering)
-    is_kept = torch.zeros(len(indices), dtype=torch.bool, device=indices.device)
-    is_kept[at[is_active]] = True
-    slots = dropped[is_kept[dropped].logical_not_()]
-    fresh = entering[is_active.logical_not_()]
-    num = min(len(slots), len(fresh))
-    changed = indices.clone()
-    changed[slots[:num]] = fresh[:num]
-    grown = torch.zeros(len(indices), dtype=torch.bool, device=indices.device)
-    grown[slots[:num]] = True
-    changed, source = changed.sort()
-    return Exchange(changed, source, grown[source])
+    is_staying = torch.ones(len(indices), dtype=torch.bool, device=indices.device)
+    staying = is_staying.index_fill_(0, slots, False).nonzero().squeeze(1)
+    kept = indices[staying]
+    # Before the j-th that enters stand those of the kept that are smaller, and j entering ones.
+    order = torch.arange(len(slots), device=indices.device)
+    grown = torch.searchsorted(kept, entering).add_(order)
+    is_old = torch.ones(len(indices), dtype=torch.bool, device=indices.device)
+    old = is_old.index_fill_(0, grown, False).nonzero().squeeze(1)
+    changed = torch.empty_like(indices).index_copy_(0, grown, entering).index_copy_(0, old, kept)
+    source = torch.empty_like(indices, dtype=torch.int64)
+    source.index_copy_(0, grown, slots).index_copy_(0, old, staying)
+    return Exchange(changed, source, grown)

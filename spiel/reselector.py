@@ -16,7 +16,6 @@ from spiel.optim import SpielAdamW, move_state
 from spiel.quorum import Quorum
 from spiel.reselection import Exchange, Schedule, drop, exchange, grow_by_gradients
 from spiel.sm3 import SpielSM3
-from spiel.support import find
 from spiel.window import GradientWindow, end_step, measure_scale
 
 
@@ -171,6 +170,8 @@ class Reselector:
             layer.replace_support(self.adapter, indices, deltas)
 
     def _check_agreement(self) -> None:
+        if not is_parallel():
+            return
         supports = [layer.spiel_indices[self.adapter].long() for layer in self.layers.values()]
         sums = torch.stack([support.sum() for support in supports])
         check_equal(sums, "the supports that reselection chose")
@@ -209,14 +210,11 @@ class Reselector:
         candidates, sums, squares = window.candidates, window.sums, window.squares
         assert candidates is not None and sums is not None and squares is not None
         deltas, indices = layer.spiel_deltas[self.adapter], layer.spiel_indices[self.adapter]
-        dropped = drop(deltas, n)
-        grown = grow_by_gradients(candidates, sums, indices, dropped)
-        change = self._exchange(layer, dropped, candidates[grown])
+        slots, entering = grow_by_gradients(candidates, sums, indices, deltas, n)
+        change = self._exchange(layer, slots, candidates[entering])
         if isinstance(self.optimizer, SpielAdamW):
-            # Where each entry of the new support stands among the candidates; read if grown.
-            at, _ = find(candidates, change.indices)
-            means = (sums[at] / window.num_steps, squares[at] / window.num_steps)
-            self.optimizer.reselect(deltas, change, *means, window.num_steps)
+            mean, sq_mean = (own[entering] / window.num_steps for own in (sums, squares))
+            self.optimizer.reselect(deltas, change, mean, sq_mean, window.num_steps)
         else:
             move_state(self.optimizer, deltas, change)
 
@@ -225,13 +223,14 @@ class Reselector:
         assert isinstance(self.optimizer, SpielSM3)
         deltas, indices = layer.spiel_deltas[self.adapter], layer.spiel_indices[self.adapter]
         grown = largest_products(*self.optimizer.momenta(deltas), n, exclude=indices)
-        change = self._exchange(layer, drop(deltas, n), grown)
+        slots = drop(deltas, len(grown)).nonzero().squeeze(1)
+        change = self._exchange(layer, slots, grown)
         self.optimizer.reselect(deltas, change)
 
     def _exchange(
-        self, layer: SpielLinear, dropped: torch.Tensor, entering: torch.Tensor
+        self, layer: SpielLinear, slots: torch.Tensor, entering: torch.Tensor
     ) -> Exchange:
-        change = exchange(layer.spiel_indices[self.adapter], dropped, entering)
+        change = exchange(layer.spiel_indices[self.adapter], slots, entering)
         moved = change.move(layer.spiel_deltas[self.adapter].detach())
         layer.replace_support(self.adapter, change.indices, moved)
         return change

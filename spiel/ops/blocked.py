@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from spiel.ranking import kth_largest, largest
 from spiel.support import index_dtype
 
 #: The most memory an op may take beside its operands and its result.
@@ -25,6 +26,9 @@ SAMPLE_STRIDE, SAMPLE_MARGIN = 17, 1.2
 
 #: Done to each fp32 block in place before it is read, as a sum over data-parallel ranks.
 Reduce = Callable[[torch.Tensor], None]
+
+#: Ranks and a number k -> a mask of the k highest.
+Best = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def row_blocks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
@@ -112,14 +116,14 @@ def largest_gradients(
         return values.reshape(-1)
 
     shape = left_TR.shape[1], right_TC.shape[1]
-    indices, values = _largest(block, torch.abs, *shape, k, left_TR.device)
+    indices, values = _largest(block, torch.abs, largest, *shape, k, left_TR.device)
     return indices.to(index_dtype(shape[0] * shape[1])), values
 
 
 def largest_products(
     row: torch.Tensor, col: torch.Tensor, k: int, exclude: torch.Tensor
 ) -> torch.Tensor:
-    """Flat indices of the `k` largest row x col products outside `exclude`, largest first.
+    """The support of the `k` largest row x col products outside `exclude`, or of all there are.
 
     `row` [rows] and `col` [cols] are not negative; `exclude` is a support.
     """
@@ -130,29 +134,34 @@ def largest_products(
         lo, hi = _cuts(exclude, [start * cols, stop * cols])
         return products.index_fill_(0, exclude[lo:hi].long() - start * cols, -1.0)
 
-    indices, values = _largest(block, torch.Tensor.detach, len(row), cols, k, row.device)
-    order = values.topk(len(values)).indices
-    return indices[order][values[order] >= 0]
+    indices, values = _largest(block, torch.Tensor.detach, _as_topk, len(row), cols, k, row.device)
+    return indices[values >= 0]
 
 
-def _highest(ranks: torch.Tensor, k: int) -> torch.Tensor:
+def _as_topk(ranks: torch.Tensor, k: int) -> torch.Tensor:
+    """As `largest`, but equal ranks fall as `torch.topk` lets them, as in the original code: MA's
+    products are equal wherever the accumulators of rows and columns mirror each other.
+    """
+    mask = torch.zeros(len(ranks), dtype=torch.bool, device=ranks.device)
+    return mask.index_fill_(0, ranks.topk(k, sorted=False).indices, True)
+
+
+def _highest(ranks: torch.Tensor, k: int, best: Best) -> torch.Tensor:
     """Places of the `k` highest ranks, ascending; of many, those below a sampled quantile are not
     looked at.
     """
     if len(ranks) >= 2**16 and 8 * k <= len(ranks):
-        sample = ranks[::SAMPLE_STRIDE]
+        sample = ranks[::SAMPLE_STRIDE].contiguous()
         share = min(len(sample), round(SAMPLE_MARGIN * k / SAMPLE_STRIDE) + 1)
-        passing = (ranks > sample.topk(share).values[-1]).nonzero().squeeze(1)
+        passing = _above(ranks, kth_largest(sample, share))
         if len(passing) >= k:
-            return passing[_top(ranks[passing], k)]
-    return _top(ranks, k).nonzero().squeeze(1)
+            return passing[best(ranks[passing], k)]
+    return best(ranks, k).nonzero().squeeze(1)
 
 
-def _top(ranks: torch.Tensor, k: int) -> torch.Tensor:
-    """A mask of the `k` highest ranks: in their own order, which spares sorting them by place."""
-    mask = torch.zeros(len(ranks), dtype=torch.bool, device=ranks.device)
-    mask[ranks.topk(k, sorted=False).indices] = True
-    return mask
+def _above(ranks: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """Places of the ranks that are higher, or NaN."""
+    return (ranks <= bound).logical_not_().nonzero().squeeze(1)
 
 
 #: Support -> its version, and where it was cut at which bounds.
@@ -179,17 +188,16 @@ def _cuts(indices: torch.Tensor, bounds: list[int]) -> list[int]:
 def _largest(
     block: Callable[[int, int], torch.Tensor],
     rank: Callable[[torch.Tensor], torch.Tensor],
+    best: Best,
     rows: int,
     cols: int,
     k: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `k` entries of highest rank of a matrix, by ascending index; `block(start, stop)` gives
-    the entries of its rows from start to stop.
+    the entries of its rows from start to stop, of which `best` decides by their `rank`.
 
-    Keeps the best so far and looks, in each block, only at what beats the least of them. Equal
-    ranks fall as `torch.topk` lets them, as in the original code: products of MA tie exactly where
-    the accumulators of rows and columns mirror each other.
+    Keeps the best so far and looks, in each block, only at what beats the least of them.
     """
     indices = torch.empty(0, dtype=torch.int64, device=device)
     values = torch.empty(0, dtype=torch.float32, device=device)
@@ -199,12 +207,12 @@ def _largest(
         entries = block(start, stop)
         ranks = rank(entries)
         if len(values) < k:
-            found = _highest(ranks, min(k, len(ranks)))
+            found = _highest(ranks, min(k, len(ranks)), best)
         else:
-            found = (ranks <= rank(values).amin()).logical_not_().nonzero().squeeze(1)  # NaN too
+            found = _above(ranks, rank(values).amin())
         indices = torch.cat([indices, found + start * cols])
         values = torch.cat([values, entries[found]])
         if start > 0:
-            best = _top(rank(values), min(k, len(values)))
-            indices, values = indices[best], values[best]
+            kept = best(rank(values), min(k, len(values)))
+            indices, values = indices[kept], values[kept]
     return indices, values

@@ -36,7 +36,7 @@ def largest_gradients(
 def largest_products(
     row: torch.Tensor, col: torch.Tensor, k: int, exclude: torch.Tensor
 ) -> torch.Tensor:
-    """Flat indices of the `k` largest row x col products outside `exclude`, largest first."""
+    """The support of the `k` largest row x col products outside `exclude`."""
     products = torch.outer(row, col).reshape(-1)
     products[exclude.long()] = -1
-    return products.topk(k).indices
+    return products.topk(k).indices.sort().values

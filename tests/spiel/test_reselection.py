@@ -45,35 +45,45 @@ def test_training_too_short_for_a_reselection_is_refused():
         schedule(total_steps=5)
 
 
-def test_drop_takes_the_smallest_first():
+def test_drop_takes_the_smallest_and_of_equals_the_first():
     deltas = torch.tensor([0.3, -0.1, 0.0, 2.0, -0.2])
-    assert drop(deltas, 3).tolist() == [2, 1, 4]
-    assert drop(deltas, 0).tolist() == []
+    assert drop(deltas, 3).tolist() == [False, True, True, False, True]
+    assert drop(deltas, 0).tolist() == 5 * [False]
+    assert drop(deltas, 5).tolist() == 5 * [True]
+    assert drop(torch.zeros(4), 2).tolist() == [True, True, False, False]
 
 
 def test_grow_leaves_out_what_is_active_and_stays():
-    indices = torch.tensor([10, 20, 30])
-    candidates = torch.tensor([10, 15, 20, 25])
+    indices, candidates = torch.tensor([10, 20, 30]), torch.tensor([10, 15, 20, 25])
     sums = torch.tensor([9.0, -1.0, 5.0, 3.0])
-    # Slot 1 (index 20) is dropped: 20 may be grown again, 10 may not.
-    grown = grow_by_gradients(candidates, sums, indices, torch.tensor([1]))
-    assert candidates[grown].tolist() == [20]
-    grown = grow_by_gradients(candidates, sums, indices, torch.tensor([2, 1]))
-    assert candidates[grown].tolist() == [20, 25]
+    # 10 stays, so it cannot be grown. 20 is dropped, grown again and stays, so it takes no slot.
+    slots, entering = grow_by_gradients(candidates, sums, indices, torch.tensor([3.0, 1, 2]), 1)
+    assert (slots.tolist(), entering.tolist()) == ([], [])
+    slots, entering = grow_by_gradients(candidates, sums, indices, torch.tensor([3.0, 1, 2]), 2)
+    assert (slots.tolist(), candidates[entering].tolist()) == ([2], [25])
 
 
-def test_an_index_both_dropped_and_grown_stays_as_it_is():
-    change = exchange(torch.tensor([10, 20, 30]), torch.tensor([1, 2]), torch.tensor([20, 5]))
-    assert change.indices.tolist() == [5, 10, 20]
-    assert change.grown.tolist() == [True, False, False]
-    assert change.source.tolist() == [2, 0, 1]
-    assert change.move(torch.tensor([1.0, 2.0, 3.0])).tolist() == [0.0, 1.0, 2.0]
+def test_where_candidates_run_out_the_smallest_deltas_go_first():
+    indices, candidates = torch.tensor([1, 2, 3, 4]), torch.tensor([2, 9])
+    deltas = torch.tensor([0.3, 0.0, 0.1, 0.2])
+    slots, entering = grow_by_gradients(candidates, torch.ones(2), indices, deltas, 3)
+    assert (slots.tolist(), entering.tolist()) == ([2], [1])  # 2, the smallest, was grown again
 
 
-def test_grown_ones_take_the_slots_of_the_smallest_dropped_first():
-    change = exchange(torch.tensor([1, 2, 3]), torch.tensor([2, 0]), torch.tensor([9]))
-    assert change.indices.tolist() == [1, 2, 9]
-    assert change.source[change.grown].tolist() == [2]
+def test_deltas_that_are_no_numbers_are_dropped_first_and_nothing_breaks():
+    deltas = torch.tensor([float("nan"), 1.0, float("nan"), 2.0])
+    assert drop(deltas, 1).tolist() == [True, False, False, False]
+    indices, candidates = torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6, 7, 8])
+    slots, entering = grow_by_gradients(candidates, torch.ones(4), indices, deltas, 3)
+    assert (slots.tolist(), entering.tolist()) == ([0, 1, 2], [0, 1, 2])
+
+
+def test_exchange_sorts_the_new_support_and_names_the_slots_each_entry_had():
+    change = exchange(torch.tensor([10, 20, 30]), torch.tensor([1]), torch.tensor([5]))
+    assert change.indices.tolist() == [5, 10, 30]
+    assert change.grown.tolist() == [0]
+    assert change.source.tolist() == [1, 0, 2]
+    assert change.move(torch.tensor([1.0, 2.0, 3.0])).tolist() == [0.0, 1.0, 3.0]
 
 
 @settings(max_examples=200, deadline=None)
@@ -83,17 +93,28 @@ def test_an_exchange_conserves_the_support(data):
     k = data.draw(st.integers(1, numel))
     n = data.draw(st.integers(0, k))
     torch.manual_seed(data.draw(st.integers(0, 10**6)))
-    indices, deltas = random_support(k, numel), torch.randn(k)
-    dropped = drop(deltas, n)
-    candidates = random_support(data.draw(st.integers(0, numel)), numel)
-    grown = grow_by_gradients(candidates, torch.randn(len(candidates)), indices, dropped)
-    change: Exchange = exchange(indices, dropped, candidates[grown])
+    indices, deltas = random_support(k, numel), torch.randn(k).round(decimals=1)
+    candidates = random_support(data.draw(st.integers(1, numel)), numel)
+    sums = torch.randn(len(candidates)).round(decimals=1)  # with ties
+    slots, entering = grow_by_gradients(candidates, sums, indices, deltas, n)
+    change: Exchange = exchange(indices, slots, candidates[entering])
     check_support(change.indices, k, numel, "weight")
     before = dict(zip(indices.tolist(), deltas.tolist(), strict=True))
     after = dict(zip(change.indices.tolist(), change.move(deltas).tolist(), strict=True))
-    for index, value in after.items():
-        assert value == before.get(index, 0.0)
-    kept = set(indices.tolist()) - set(indices[dropped].tolist())
-    assert kept <= set(after)
-    assert int(change.grown.sum()) == len(set(after) - set(before))
-    assert len(grown) <= n
+    assert after == expected_exchange(before, dict(zip(candidates.tolist(), sums, strict=True)), n)
+    grown = [before.get(index) is None for index in after]
+    assert change.grown.tolist() == [i for i, is_new in enumerate(grown) if is_new]
+    assert [before[i] for i, new in zip(after, grown, strict=True) if not new] == (
+        deltas[change.source][~torch.tensor(grown)].tolist()
+    )
+
+
+def expected_exchange(before, candidates, n):
+    """The same by the paper's words on dictionaries index -> delta, and index -> gradient."""
+    dropped = sorted(before, key=lambda index: abs(before[index]))[:n]
+    free = [index for index in candidates if index not in before or index in dropped]
+    grown = sorted(free, key=lambda index: -abs(candidates[index]))[:n]
+    fresh = [index for index in grown if index not in before]
+    away = [index for index in dropped if index not in grown][: len(fresh)]
+    after = {index: delta for index, delta in before.items() if index not in away}
+    return dict(sorted((after | dict.fromkeys(fresh, 0.0)).items()))

@@ -1,0 +1,34 @@
+"""Which entries rank highest."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def largest(ranks: torch.Tensor, k: int) -> torch.Tensor:
+    """A mask [n] of the `k` highest of `ranks` [n], of equals the first; NaN counts as infinity.
+
+    Raises:
+        ValueError: there are fewer than `k`, or `k` is negative.
+    """
+    if not 0 <= k <= len(ranks):
+        raise ValueError(f"k must be in [0, {len(ranks)}], got {k}")
+    if k == 0:
+        return torch.zeros_like(ranks, dtype=torch.bool)
+    ranks = ranks.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    bound = kth_largest(ranks, k)
+    mask = ranks >= bound
+    surplus = int(mask.sum()) - k
+    if surplus > 0:
+        equals = (ranks == bound).nonzero().squeeze(1)
+        mask.index_fill_(0, equals[-surplus:], False)
+    return mask
+
+
+def kth_largest(ranks: torch.Tensor, k: int) -> torch.Tensor:
+    """The `k`-th largest of `ranks` [n], counted from 1."""
+    place = len(ranks) - k
+    if ranks.device.type == "cpu" and ranks.dtype == torch.float32:  # many times as fast
+        return torch.from_numpy(np.partition(ranks.numpy(), place)[place : place + 1])[0]
+    return ranks.kthvalue(place + 1).values
