@@ -23,16 +23,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 #: Tokens of a slab: so few that it stays near, so many that a dot product pays for its last sum.
-SLAB = 64
+SLAB = 48
 
 #: Rows and columns of a tile: fp32 values in a 256-bit register.
 TILE = 8
 
 #: fp32 values in a line of the cache.
 _LINE = 16
-
-#: Sums may be reordered and fused; unlike full "fast math" this keeps NaN and infinity.
-_REORDERED = {"reassoc", "contract", "nsz"}
 
 
 @numba.njit(nogil=True, cache=True)
@@ -47,6 +44,17 @@ def _positions(indices, cols, pointers, columns):  # type: ignore[no-untyped-def
     pointers[row + 1 :] = len(indices)
 
 
+def _vector(size: int) -> Any:
+    return ir.VectorType(ir.FloatType(), size)
+
+
+def _row(context: Any, builder: Any, kind: Any, array: Any, row: Any, column: Any) -> Any:
+    """Pointer to where `column` of a row begins in a C-contiguous fp32 array, as to a vector."""
+    view = context.make_array(kind)(context, builder, array)
+    pointer = cgutils.get_item_pointer(context, builder, kind, view, [row, column])
+    return builder.bitcast(pointer, _vector(TILE).as_pointer())
+
+
 @intrinsic
 def _transpose_tile(typing_context, source, t, n, target, m, s):  # type: ignore[no-untyped-def]
     """target[m : m + TILE, s : s + TILE] = source[t : t + TILE, n : n + TILE].T
@@ -58,38 +66,104 @@ def _transpose_tile(typing_context, source, t, n, target, m, s):  # type: ignore
 
     def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
         from_array, t, n, to_array, m, s = arguments
-
-        def row(kind: Any, array: Any, first: Any, i: int, column: Any) -> Any:
-            """Where the tile's row `i` begins, as a pointer to a vector."""
-            view = context.make_array(kind)(context, builder, array)
-            index = [builder.add(first, ir.Constant(first.type, i)), column]
-            pointer = cgutils.get_item_pointer(context, builder, kind, view, index)
-            return builder.bitcast(pointer, ir.VectorType(ir.FloatType(), TILE).as_pointer())
-
-        rows = [builder.load(row(source, from_array, t, i, n), align=4) for i in range(TILE)]
+        rows = [
+            builder.load(
+                _row(context, builder, source, from_array, _plus(builder, t, i), n), align=4
+            )
+            for i in range(TILE)
+        ]
         for i, vector in enumerate(_transposed(builder, rows)):
-            builder.store(vector, row(target, to_array, m, i, s), align=4)
+            pointer = _row(context, builder, target, to_array, _plus(builder, m, i), s)
+            builder.store(vector, pointer, align=4)
         return context.get_dummy_value()
 
     return signature, generate
 
 
+def _plus(builder: Any, number: Any, i: int) -> Any:
+    return builder.add(number, ir.Constant(number.type, i))
+
+
+def _lanes(size: int) -> tuple[list[int], list[int]]:
+    """Of a pair of vectors, those of the second counted on from TILE: the lanes that stand where
+    `size` is not among the bits of their place, and those that stand `size` after them.
+    """
+    upper = [i if not i & size else TILE + i - size for i in range(TILE)]
+    return upper, [lane + size for lane in upper]
+
+
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     """Exchanges the off-diagonal blocks of size 1, then 2, then 4, of each pair of rows."""
     for size in (1, 2, 4):
-        # Lanes of a pair of rows, those of the second counted on from TILE.
-        upper = [i if not i & size else TILE + i - size for i in range(TILE)]
-        lower = [lane + size for lane in upper]
         for i in range(TILE):
             if not i & size:
                 pair = rows[i], rows[i + size]
-                rows[i], rows[i + size] = (_shuffled(builder, *pair, m) for m in (upper, lower))
+                rows[i], rows[i + size] = (_shuffled(builder, *pair, m) for m in _lanes(size))
     return rows
 
 
+def _summed(builder: Any, vectors: list[Any]) -> Any:
+    """One vector with the sum of each; there are 1, 2, 4 or TILE of them."""
+    size, num = 1, len(vectors)
+    while len(vectors) > 1:
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [
+            builder.fadd(*(_shuffled(builder, *pair, m) for m in _lanes(size))) for pair in pairs
+        ]
+        size *= 2
+    (sums,), width = vectors, TILE
+    while width > num:  # each is still in several parts
+        width //= 2
+        halves = (list(range(width)), list(range(width, 2 * width)))
+        sums = builder.fadd(*(_shuffled(builder, sums, sums, m) for m in halves))
+    return sums
+
+
 def _shuffled(builder: Any, one: Any, other: Any, lanes: list[int]) -> Any:
-    mask = ir.Constant(ir.VectorType(ir.IntType(32), TILE), lanes)
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
     return builder.shuffle_vector(one, other, mask)
+
+
+def _add_dots(num: int) -> Any:
+    """Makes an intrinsic: sums[e : e + num] += right_CS[columns[e : e + num]] @ left_RS[row]
+
+    All are C-contiguous, and nothing checks the bounds. In a loop over scalars LLVM adds up the
+    lanes of each product on their own.
+    """
+
+    @intrinsic
+    def add_dots(typing_context, left, row, right, columns, sums, e):  # type: ignore[no-untyped-def]
+        signature = types.void(left, types.intp, right, columns, sums, types.intp)
+
+        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+            left_RS, row, right_CS, column_array, sum_array, e = arguments
+
+            def item(kind: Any, array: Any, i: int) -> Any:
+                view = context.make_array(kind)(context, builder, array)
+                place = [_plus(builder, e, i)]
+                return cgutils.get_item_pointer(context, builder, kind, view, place)
+
+            at = [builder.load(item(columns, column_array, i)) for i in range(num)]
+            at = [builder.sext(column, e.type) for column in at]
+            totals = [ir.Constant(_vector(TILE), [0.0] * TILE)] * num
+            for s in range(0, SLAB, TILE):
+                start = ir.Constant(e.type, s)
+                a = builder.load(_row(context, builder, left, left_RS, row, start), align=4)
+                for i, column in enumerate(at):
+                    pointer = _row(context, builder, right, right_CS, column, start)
+                    product = builder.fmul(a, builder.load(pointer, align=4), flags=["contract"])
+                    totals[i] = builder.fadd(totals[i], product, flags=["contract"])
+            place = builder.bitcast(item(sums, sum_array, 0), _vector(num).as_pointer())
+            total = builder.fadd(builder.load(place, align=4), _summed(builder, totals))
+            builder.store(total, place, align=4)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return add_dots
+
+
+_add_dots_8, _add_dots_4, _add_dots_2, _add_dots_1 = (_add_dots(num) for num in (8, 4, 2, 1))
 
 
 @numba.njit(nogil=True, cache=True)
@@ -108,33 +182,22 @@ def _transpose(x_TN, start, stop, out_NS):  # type: ignore[no-untyped-def]
     out_NS[:, length:] = 0
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_REORDERED)
+@numba.njit(nogil=True, cache=True)
 def _add_products(left_RS, right_CS, pointers, columns, sums):  # type: ignore[no-untyped-def]
-    """Adds to `sums` [k] the dot products of the entries' rows and columns, four at a time."""
+    """Adds to `sums` [k] the dot products of the entries' rows and columns."""
     for row in range(len(pointers) - 1):
         e, end = pointers[row], pointers[row + 1]
-        a = left_RS[row]
-        while e + 4 <= end:
-            b0, b1 = right_CS[columns[e]], right_CS[columns[e + 1]]
-            b2, b3 = right_CS[columns[e + 2]], right_CS[columns[e + 3]]
-            s0 = s1 = s2 = s3 = np.float32(0)
-            for t in range(SLAB):
-                s0 += a[t] * b0[t]
-                s1 += a[t] * b1[t]
-                s2 += a[t] * b2[t]
-                s3 += a[t] * b3[t]
-            sums[e] += s0
-            sums[e + 1] += s1
-            sums[e + 2] += s2
-            sums[e + 3] += s3
+        while e + 8 <= end:
+            _add_dots_8(left_RS, row, right_CS, columns, sums, e)
+            e += 8
+        if e + 4 <= end:
+            _add_dots_4(left_RS, row, right_CS, columns, sums, e)
             e += 4
-        while e < end:
-            b0 = right_CS[columns[e]]
-            s0 = np.float32(0)
-            for t in range(SLAB):
-                s0 += a[t] * b0[t]
-            sums[e] += s0
-            e += 1
+        if e + 2 <= end:
+            _add_dots_2(left_RS, row, right_CS, columns, sums, e)
+            e += 2
+        if e < end:
+            _add_dots_1(left_RS, row, right_CS, columns, sums, e)
 
 
 @numba.njit(nogil=True, cache=True, parallel=True)
@@ -164,7 +227,10 @@ def _products(left_TR, right_TC, indices, bounds, slabs):  # type: ignore[no-unt
             for s in range(num_supports):
                 lo, hi = bounds[s], bounds[s + 1]
                 _add_products(left_RS, right_CS, pointers[s], columns[lo:hi], sums[thread, lo:hi])
-    return sums.sum(axis=0)  # in memory of its own: a gradient is kept
+    total = sums[0].copy()  # memory of its own: a gradient is kept
+    for thread in range(1, num_threads):
+        total += sums[thread]
+    return total
 
 
 def sampled_gradients(
