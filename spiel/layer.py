@@ -67,6 +67,8 @@ class SpielLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._live: LiveEntries | None = None
+        #: Adapter -> the Parameter of deltas that _LAYERS knows.
+        self._known: dict[str, nn.Parameter] = {}
         self.register_state_dict_pre_hook(_put_back_before_saving)
 
     # -- adapters ---------------------------------------------------------------------------
@@ -78,8 +80,16 @@ class SpielLinear(nn.Module, BaseTunerLayer):
         deltas = torch.zeros(k, dtype=dtype, device=device)
         self.spiel_deltas[adapter] = nn.Parameter(deltas)
         self.spiel_indices[adapter] = random_support(k, numel, device)
-        _LAYERS[self.spiel_deltas[adapter]] = weakref.ref(self)
+        self._deltas_of(adapter)
         self.set_adapter(self.active_adapters)
+
+    def _deltas_of(self, adapter: str) -> nn.Parameter:
+        """The Parameter [k]. Copying and loading make new ones, of which `layer_of` must know."""
+        deltas: nn.Parameter = self.spiel_deltas[adapter]
+        if self._known.get(adapter) is not deltas:
+            self._known[adapter] = deltas
+            _LAYERS[deltas] = weakref.ref(self)
+        return deltas
 
     def set_support(self, adapter: str, indices: torch.Tensor) -> None:
         """Replaces the support, whose size stays, and sets all deltas to 0."""
@@ -125,6 +135,7 @@ class SpielLinear(nn.Module, BaseTunerLayer):
         if not self.merged:
             self.put_back()
         self.observers.pop(adapter_name, None)
+        self._known.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(
@@ -200,10 +211,7 @@ class SpielLinear(nn.Module, BaseTunerLayer):
         if not torch.is_grad_enabled():
             return out
         ops.forget_operands()
-        deltas = [self.spiel_deltas[name] for name in adapters]
-        for parameter in deltas:  # copying and loading make new Parameters
-            _LAYERS[parameter] = weakref.ref(self)
-        return Tap.apply(out, x, self, adapters, *deltas)
+        return Tap.apply(out, x, self, adapters, *map(self._deltas_of, adapters))
 
     def delta_gradient(self, adapter: str, x: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
         """Gradient [k] of the deltas from the layer's input and the gradient of its output."""
@@ -301,7 +309,7 @@ class SpielLinear(nn.Module, BaseTunerLayer):
     def __getstate__(self) -> dict[str, Any]:
         if not self.merged:
             self.put_back()
-        return {**self.__dict__, "observers": {}}
+        return {**self.__dict__, "observers": {}, "_known": {}}
 
     def __repr__(self) -> str:
         return "spiel." + super().__repr__()

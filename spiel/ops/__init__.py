@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 
@@ -21,14 +22,20 @@ from spiel.ops.reference import SampledGradients
 from spiel.ops.transposed import forget_operands as forget_operands
 
 
-def _deferred(module: str) -> SampledGradients:
-    """The backend in `spiel.ops.<module>`, imported when it is first wanted."""
+@cache
+def _module(name: str) -> ModuleType:
+    """`spiel.ops.<name>`, imported when it is first wanted."""
+    return import_module(f"spiel.ops.{name}")
+
+
+def _deferred(name: str) -> SampledGradients:
+    """The backend in `spiel.ops.<name>`."""
 
     def run(
         left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        backend: SampledGradients = import_module(f"spiel.ops.{module}").sampled_gradients
-        return backend(left_TR, right_TC, supports)
+        entries: list[torch.Tensor] = _module(name).sampled_gradients(left_TR, right_TC, supports)
+        return entries
 
     return run
 
@@ -128,13 +135,13 @@ def write_entries(
     """
     tensors = (weight, originals, deltas)
     if weight.is_cuda and crossover.kernels_run(weight.device):
-        import_module("spiel.ops.triton_kernels").write_entries(weight, indices, originals, deltas)
+        _module("triton_kernels").write_entries(weight, indices, originals, deltas)
         return True
     is_fp32 = all(tensor.dtype == torch.float32 for tensor in tensors)
     is_large = weight.numel() >= CPU_MIN_NUMEL  # small models are spared numba's 60 MB of compiler
     is_suited = weight.device.type == "cpu" and is_fp32 and is_large and weight.is_contiguous()
     if is_suited and has_numba():
-        import_module("spiel.ops.compiled").write_entries(weight, indices, originals, deltas)
+        _module("compiled").write_entries(weight, indices, originals, deltas)
         return True
     return False
 

@@ -165,6 +165,7 @@ def test_without_triton_the_message_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "spiel.ops.triton_kernels")
     monkeypatch.delattr(ops, "triton_kernels")
+    monkeypatch.setattr(ops, "_module", ops._module.__wrapped__)  # imports each time
     left, right = operands(4, 3, 3)
     with ops.use_backend("triton"), pytest.raises(ImportError, match="needs triton"):
         ops.sampled_gradient(left, right, torch.tensor([1], device=DEVICE))
