@@ -1,13 +1,18 @@
-"""The table as files: Markdown to read, LaTeX for a paper, CSV in full precision."""
+"""The table as files: Markdown to read, LaTeX and a figure for a paper, CSV in full precision, and
+a page with all of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from suites import figures, page
 from suites.plan import safe_name
+from suites.record import Record, write_whole
+from suites.suite import Suite
 
 #: What means something to LaTeX -> how it is written so that it means itself.
 _LATEX = str.maketrans(
@@ -24,26 +29,32 @@ _LATEX = str.maketrans(
 
 
 def write(
+    suite: Suite,
     tables: dict[str, pd.DataFrame],
     notes: Sequence[str],
     frame: pd.DataFrame,
-    stem: Path,
-    description: str,
+    records: Mapping[Path, Record],
+    out: Path,
 ) -> list[Path]:
-    """Writes `<stem>.md` and `.tex`, as printed, and `.csv`, in full precision."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    """Writes the `tables`, as printed, `frame` in full precision, a figure, and a page of all.
+
+    `records` are those in the tables, by their files.
+    """
+    stem = out / "tables" / safe_name(suite.name)
+    drawn = figures.draw(frame, suite.name, out / "figures" / stem.name)
+    ending = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in ("md", "tex", "csv", "html")}
+    linked = {page.link(path, ending["html"]): record for path, record in records.items()}
+    figure = next((path for path in drawn if path.suffix == ".png"), None)
+    full = frame.assign(failures=["; ".join(row) for row in frame["failures"]])
     texts = {
-        "md": markdown(tables, notes, stem.name, description),
-        "tex": latex(tables, notes, stem.name),
-        "csv": frame.assign(failures=["; ".join(row) for row in frame["failures"]]).to_csv(
-            index=False
-        ),
+        "md": markdown(tables, notes, suite.name, suite.description),
+        "tex": latex(tables, notes, suite.name),
+        "csv": full.to_csv(index=False),
+        "html": page.html(suite.name, suite.description, tables, notes, linked, figure),
     }
-    paths = []
-    for ending, text in texts.items():
-        paths.append(stem.with_name(f"{stem.name}.{ending}"))
-        paths[-1].write_text(text, encoding="utf-8")
-    return paths
+    for kind, text in texts.items():
+        write_whole(text, ending[kind])
+    return [*ending.values(), *drawn]
 
 
 def markdown(

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from suites import documents, progress, report, stats
-from suites.plan import Cell, records_folder, safe_name
+from suites.plan import Cell, records_folder
 from suites.record import DamagedRecordError, Record, read
 
 MIB = 2**20
@@ -38,14 +38,18 @@ def present(cells: Sequence[Cell], out: Path) -> int:
         console.print(drawn(f"{suite.name}: {title.lower()}", table))
     for note in notes:
         console.print(note, markup=False, highlight=False)
-    stem = out / "tables" / safe_name(suite.name)
+    path_of = {cell.hash: cell.record_path(out) for cell in cells}
+    files = {path_of[record.cell_hash]: record for record in records}
     try:
-        paths = documents.write(tables, notes, frame, stem, suite.description)
+        paths = documents.write(suite, tables, notes, frame, files, out)
     except OSError as error:
         say(console, f"the table cannot be written: {error}")
         return 1
     say(console, f"records: {records_folder(suite, out, cells[0].split)}")
-    say(console, f"tables:  {', '.join(str(path) for path in paths)}")
+    for folder in dict.fromkeys(path.parent for path in paths):
+        first, *others = [path for path in paths if path.parent == folder]
+        endings = [path.suffix for path in others]
+        say(console, ", ".join([f"{folder.name + ':':8} {first}", *endings]))
     return 0 if not problems and all(record.status == "ok" for record in records) else 1
 
 

@@ -165,7 +165,7 @@ def test_table_is_printed_within_100_columns_and_written(tmp_path, capsys):
     assert drawn
     assert max(len(line) for line in drawn) <= 100
     assert not any("…" in line for line in drawn)
-    assert str(tmp_path / "records" / "small" / "world") in lines[-2]
+    assert f"records: {tmp_path / 'records' / 'small' / 'world'}" in lines
     markdown = (tmp_path / "tables" / "small.md").read_text()
     assert "| lora " in markdown
     csv = pd.read_csv(tmp_path / "tables" / "small.csv")

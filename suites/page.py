@@ -1,0 +1,91 @@
+"""The table as a page: one HTML file to send, with every cell and all that made it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import pandas as pd
+
+from suites import report
+from suites.record import Record
+
+STYLE = """
+body { font: 15px/1.5 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse; margin: 1em 0 }
+th, td { padding: .2em .8em; text-align: right; border-bottom: 1px solid #ddd }
+th:first-child, td:first-child { text-align: left }
+p.note { color: #555; margin: .2em 0; font-size: 90% }
+pre { overflow-x: auto; background: #f6f6f6; padding: 1em }
+img { max-width: 100% }
+"""
+
+
+def html(
+    name: str,
+    description: str,
+    tables: Mapping[str, pd.DataFrame],
+    notes: Sequence[str],
+    records: Mapping[str, Record],
+    figure: Path | None = None,
+) -> str:
+    """The page of a suite, which needs no other file but the records that it links to.
+
+    Args:
+        tables: title -> rounded numbers, as printed.
+        records: where the page finds each record's file -> the record.
+        figure: a PNG, which becomes part of the page.
+    """
+    parts = [f"<h1>{escape(name)}</h1>", f"<p>{escape(description)}</p>"]
+    for title, table in tables.items():
+        parts += [f"<h2>{escape(title)}</h2>", table.to_html(index=False, border=0)]
+    parts += [f'<p class="note">{escape(note)}</p>' for note in notes]
+    if figure is not None:
+        image = base64.b64encode(figure.read_bytes()).decode()
+        parts.append(f'<img alt="quality and cost" src="data:image/png;base64,{image}">')
+    parts += ["<h2>Cells</h2>", cells(records).to_html(index=False, border=0, escape=False)]
+    parts += ["<h2>Software</h2>", versions(records.values()).to_html(index=False, border=0)]
+    suite = json.dumps(next(iter(records.values())).suite, indent=1)
+    parts.append(f"<h2>Suite</h2><details><pre>{escape(suite)}</pre></details>")
+    head = f'<meta charset="utf-8"><title>{escape(name)}</title><style>{STYLE}</style>'
+    return "\n".join(["<!doctype html>", '<html lang="en">', head, *parts, "</html>\n"])
+
+
+def cells(records: Mapping[str, Record]) -> pd.DataFrame:
+    """A row a record, as HTML, with a link to its file."""
+    rows = []
+    for path, record in records.items():
+        seconds = report.step_seconds(record)
+        words = {
+            "method": record.method_name,
+            "seed": str(record.seed),
+            "status": f"{record.status}: {record.reason}" if record.reason else record.status,
+            "lr": f"{record.tuning['lr']:g}" if record.tuning else "-",
+            **{task: f"{score.value:.4f}" for task, score in record.scores.items()},
+            "ms/step": "-" if seconds is None else f"{seconds * 1000:.1f}",
+            "ended": record.ended_at,
+        }
+        row = {escape(key): escape(value) for key, value in words.items()}
+        rows.append({**row, "record": f'<a href="{escape(path)}">JSON</a>'})
+    return pd.DataFrame(rows).fillna("-")
+
+
+def versions(records: Sequence[Record]) -> pd.DataFrame:
+    """A row a package: the versions that the records were made with."""
+    found: dict[str, dict[str, None]] = {}  # as sets, but in order
+    for record in records:
+        if record.environment is not None:
+            own = {"python": record.environment.python, **record.environment.packages}
+            for package, version in own.items():
+                found.setdefault(package, {})[version] = None
+    rows = [{"package": name, "version": ", ".join(each)} for name, each in found.items()]
+    return pd.DataFrame(rows, columns=["package", "version"])
+
+
+def link(path: Path, page: Path) -> str:
+    """How the file `page` refers to `path`, with slashes."""
+    return Path(os.path.relpath(path, page.parent)).as_posix()
