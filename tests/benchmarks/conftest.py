@@ -98,10 +98,10 @@ class Race:
             if timed:
                 self.seconds[name].append(time.perf_counter() - start)
 
-    def ratio(self, name, base, rounds=slice(None)):
-        """Median over `rounds` of the ratio to `base` in the same round."""
-        pairs = zip(self.seconds[name][rounds], self.seconds[base][rounds], strict=True)
-        return statistics.median(own / other for own, other in pairs)
+    def ratio(self, name, base, rounds=None):
+        """Median over `rounds`, by their numbers, of the ratio to `base` in the same round."""
+        own, other = self.seconds[name], self.seconds[base]
+        return statistics.median(own[i] / other[i] for i in rounds or range(len(own)))
 
 
 @pytest.fixture(scope="session")
