@@ -6,69 +6,29 @@ layer's input, which is all that autograd keeps.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from spiel import ops
-from spiel.live import LiveEntries
+from spiel.delta_layer import DeltaLayer
 from spiel.support import check_loaded, check_support, index_dtype, random_support
 from spiel.tap import Observer, Tap, is_wanted
-from spiel.targets import weight_shape
-
-#: The layer of every delta Parameter seen so far, for optimisers that need the weight's geometry.
-#: Beside the Parameters, not on them: a Parameter with a layer attached could not be pickled.
-_LAYERS = WeakIdKeyDictionary()
 
 
-class _Deltas(nn.ParameterDict):
-    """Adapter -> deltas. A cast of the model leaves their dtype alone: they are the master copy."""
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(move, recurse)
-
-
-class SpielLinear(nn.Module, BaseTunerLayer):
-    """A `torch.nn.Linear` or GPT-2 `Conv1D` with sparse deltas on its weight.
-
-    Attributes:
-        spiel_deltas: adapter -> Parameter [k], the differences from the pretrained weight.
-        spiel_indices: adapter -> buffer [k], the support: sorted flat indices into the weight.
-        name: the module's name in the base model.
-        shape: (rows, cols) of the stored weight, which flat indices refer to.
-    """
-
-    adapter_layer_names = ("spiel_deltas",)
-    other_param_names = ("spiel_indices",)
+class SpielLinear(DeltaLayer):
+    """A `torch.nn.Linear` or GPT-2 `Conv1D` with sparse deltas on its weight."""
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.name = name
-        self.shape = weight_shape(base_layer, name)
+        super().__init__(base_layer, name)
         self.in_features, self.out_features = self.shape[::-1]
         if isinstance(base_layer, Conv1D):
             self.in_features, self.out_features = self.shape
-        self.spiel_deltas = _Deltas()
-        self.spiel_indices = BufferDict(persistent=True)
         self.observers: dict[str, Observer] = {}
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self._live: LiveEntries | None = None
-        #: Adapter -> the Parameter of deltas that _LAYERS knows.
-        self._known: dict[str, nn.Parameter] = {}
         self.register_state_dict_pre_hook(_put_back_before_saving)
 
     # -- adapters ---------------------------------------------------------------------------
@@ -83,14 +43,6 @@ class SpielLinear(nn.Module, BaseTunerLayer):
         self._deltas_of(adapter)
         self.set_adapter(self.active_adapters)
 
-    def _deltas_of(self, adapter: str) -> nn.Parameter:
-        """The Parameter [k]. Copying and loading make new ones, of which `layer_of` must know."""
-        deltas: nn.Parameter = self.spiel_deltas[adapter]
-        if self._known.get(adapter) is not deltas:
-            self._known[adapter] = deltas
-            _LAYERS[deltas] = weakref.ref(self)
-        return deltas
-
     def set_support(self, adapter: str, indices: torch.Tensor) -> None:
         """Replaces the support, whose size stays, and sets all deltas to 0."""
         self.check_support(adapter, indices)
@@ -104,14 +56,6 @@ class SpielLinear(nn.Module, BaseTunerLayer):
         self.refuse_merged()
         numel = self.shape[0] * self.shape[1]
         check_support(indices, len(self.spiel_deltas[adapter]), numel, self.name)
-
-    def refuse_merged(self) -> None:
-        """Raises RuntimeError if adapters are merged, whose deltas a new support would lose."""
-        if self.merged:
-            raise RuntimeError(
-                f"{self.name} has merged adapters ({', '.join(self.merged_adapters)}); unmerge "
-                "first (model.unmerge_adapter())"
-            )
 
     def replace_support(self, adapter: str, indices: torch.Tensor, deltas: torch.Tensor) -> None:
         """Takes over a checked support [k] and its deltas [k]; the Parameter stays the same."""
@@ -148,52 +92,6 @@ class SpielLinear(nn.Module, BaseTunerLayer):
             if deltas.device.type != "meta":
                 deltas.data = deltas.data.to(target)
             self.spiel_indices[adapter_name] = self.spiel_indices[adapter_name].to(target)
-
-    # -- live weights -----------------------------------------------------------------------
-
-    @property
-    def _weight(self) -> torch.Tensor:
-        weight = self.base_layer.weight
-        assert isinstance(weight, torch.Tensor)
-        return weight
-
-    def _wanted(self) -> list[str]:
-        if self.disable_adapters:
-            return []
-        return [name for name in self.active_adapters if name in self.spiel_deltas]
-
-    def make_live(self, adapters: Sequence[str]) -> None:
-        """Brings the weight up to date with the deltas of `adapters`.
-
-        Nothing is cached between calls: an optimizer may have changed the deltas by any means.
-        """
-        if not self.merged and self._hold(adapters):
-            assert self._live is not None
-            self._live.write(self.spiel_deltas)
-
-    def _hold(self, adapters: Sequence[str]) -> bool:
-        """Makes the weight ready to be written to by `adapters`; False if there are none."""
-        supports = {name: self.spiel_indices[name] for name in adapters}
-        if self._live is None or not self._live.is_of(self._weight, supports):
-            if self._weight.is_meta and not all(i.is_meta for i in supports.values()):
-                raise RuntimeError(
-                    f"{self.name}: the weight is offloaded (meta device), so deltas cannot be put "
-                    "into it; load the model without offloading"
-                )
-            self.put_back()
-            self._live = LiveEntries(self._weight, supports) if supports else None
-        return self._live is not None
-
-    @property
-    def live_adapters(self) -> tuple[str, ...]:
-        """The adapters whose deltas are in the weight now, merged ones included."""
-        return () if self._live is None else tuple(self._live.supports)
-
-    def put_back(self) -> None:
-        """Restores the pretrained weight, bit for bit."""
-        if self._live is not None:
-            self._live.put_back()
-            self._live = None
 
     # -- forward and backward ---------------------------------------------------------------
 
@@ -233,50 +131,6 @@ class SpielLinear(nn.Module, BaseTunerLayer):
             return None
         return observer
 
-    # -- merging ----------------------------------------------------------------------------
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Makes the deltas part of the weight; `unmerge` undoes it exactly.
-
-        Raises:
-            ValueError: `safe_merge` and a merged entry would not be finite. Nothing was merged.
-        """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.spiel_deltas]
-        if not names:
-            return
-        before = self.merged_adapters
-        self.unmerge()
-        self._hold([*before, *names])
-        assert self._live is not None
-        if safe_merge and not bool(self._live.entries(self.spiel_deltas).isfinite().all()):
-            self.unmerge()
-            if before:
-                self.merge(adapter_names=before)
-            raise ValueError(
-                "NaNs detected in the merged weights. The adapter "
-                f"{', '.join(names)} seems to be broken (module {self.name})"
-            )
-        self._live.write(self.spiel_deltas)
-        self.merged_adapters = [*before, *names]
-
-    def unmerge(self) -> None:
-        """Takes merged deltas out of the weight again, bit for bit."""
-        self.put_back()
-        self.merged_adapters = []
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The base layer, with or without the deltas in its weight. Called by peft."""
-        if not merge:
-            self.unmerge()
-            return self.base_layer
-        self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        if not self.merged:  # nothing to merge here, but deltas may be live
-            self.put_back()
-        self._live = None  # from now on the weight is the caller's: nobody puts it back
-        return self.base_layer
-
     # -- moving, copying, saving ------------------------------------------------------------
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
@@ -313,17 +167,6 @@ class SpielLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "spiel." + super().__repr__()
-
-
-def layer_of(parameter: torch.Tensor) -> tuple[SpielLinear, str] | None:
-    """The layer and adapter that `parameter` holds the deltas of, None if it holds none."""
-    layer = _LAYERS[parameter]() if parameter in _LAYERS else None
-    if layer is None:
-        return None
-    for adapter, deltas in layer.spiel_deltas.items():
-        if deltas is parameter:
-            return layer, adapter
-    return None
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spiel.layer import SpielLinear, layer_of
+from spiel.delta_layer import DeltaLayer, layer_of
 from spiel.optimizer import SpielOptimizer
 from spiel.reselection import Exchange
 from spiel.support import split_index
@@ -69,7 +69,7 @@ class SpielSM3(SpielOptimizer):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
 
     def _raise_sparse(
-        self, state: dict[str, Any], gradient: torch.Tensor, layer: SpielLinear, adapter: str
+        self, state: dict[str, Any], gradient: torch.Tensor, layer: DeltaLayer, adapter: str
     ) -> torch.Tensor:
         """u [k] of the active weights; raises the accumulators of their rows and columns."""
         row, col = self._accumulators(state, layer.shape, gradient.device)
