@@ -1,6 +1,8 @@
 """The arrows between the packages, read from the source: suites -> spiel, baselines."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,10 @@ def test_imports_are_seen(tmp_path):
     source = "import suites.run\nif 1:\n    from spiel import ops\ndef f():\n    import baselines\n"
     tree = ast.parse(source)
     assert set(imported(tree)) == {"suites.run", "spiel.ops", "baselines"}
+
+
+def test_benchmarks_are_found():
+    """They are run by `make bench` alone: nothing else would tell that one no longer imports."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "tests/benchmarks"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr

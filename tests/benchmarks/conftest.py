@@ -21,6 +21,11 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 VOCABULARY = 1000
 WARM_UP = 3
 MANY_STEPS = 10_000
+PERIOD = 20  # optimizer steps from one reselection to the next
+#: Optimizer steps t by t % PERIOD (see spiel.reselection.Schedule): the first of a growth window
+#: chooses its candidates, the last is followed by the exchange, whose support the next one meets.
+KINDS = {"choice": (0,), "window": (1, 2, 3, 4), "exchange": (5,), "new support": (6,)}
+QUIET = tuple(range(7, PERIOD))
 
 
 @dataclass(frozen=True)
@@ -98,10 +103,23 @@ class Race:
             if timed:
                 self.seconds[name].append(time.perf_counter() - start)
 
-    def ratio(self, name, base, rounds=None):
-        """Median over `rounds`, by their numbers, of the ratio to `base` in the same round."""
-        own, other = self.seconds[name], self.seconds[base]
-        return statistics.median(own[i] / other[i] for i in rounds or range(len(own)))
+    def ratio(self, name, base, places=range(PERIOD)):
+        """Median ratio to `base` in the same round, at the steps t with t % PERIOD in `places`."""
+        rounds = enumerate(
+            zip(self.seconds[name], self.seconds[base], strict=True), start=WARM_UP + 1
+        )
+        return statistics.median(own / other for t, (own, other) in rounds if t % PERIOD in places)
+
+    def reselection(self, name):
+        """What growth windows and reselections add to the mean step, in steps without them.
+
+        From the median of each kind of step, as a ratio to the floor's in the same round: a mean
+        over so few steps would tell more of the machine.
+        """
+        quiet = self.ratio(name, "frozen", QUIET)
+        extra = {kind: self.ratio(name, "frozen", at) / quiet - 1 for kind, at in KINDS.items()}
+        share = sum(len(KINDS[kind]) * value for kind, value in extra.items()) / PERIOD
+        return extra, share
 
 
 @pytest.fixture(scope="session")

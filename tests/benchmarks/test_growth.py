@@ -5,7 +5,6 @@ rounds. Memory is exact: what autograd keeps, the optimizer's state, the trained
 gradients and their indices.
 """
 
-import statistics
 from pathlib import Path
 
 import pandas as pd
@@ -14,8 +13,7 @@ from matplotlib.figure import Figure
 
 from suites.measure import optimizer_state_bytes, saved_for_backward_bytes
 from suites.provenance import environment
-from tests.benchmarks.conftest import Race, Setting
-from tests.benchmarks.test_step import PERIOD, is_quiet
+from tests.benchmarks.conftest import PERIOD, QUIET, Race, Setting
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -23,14 +21,16 @@ FOLDER = Path(__file__).parents[2] / "results" / "speed"
 NAMES = ("frozen", "lora", "spiel")
 #: Less than LoRA of rank 1 has.
 TOO_FEW_FOR_LORA = "0.001"
-#: Axis -> its settings and the rounds of each; a whole period shows the reselection's share too.
+#: Shows the reselection's share too.
+WHOLE_PERIODS = 3 * PERIOD
+#: Axis -> its settings, and the rounds of each.
 AXES = {
     "density": (
         [Setting(budget=text) for text in (TOO_FEW_FOR_LORA, "0.003", "0.01", "0.03", "0.1")],
-        PERIOD,
+        WHOLE_PERIODS,
     ),
-    "tokens": ([Setting(batch_size=size) for size in (1, 2, 4, 8)], 8),
-    "width": ([Setting(width=width) for width in (256, 512, 1024)], 8),
+    "tokens": ([Setting(batch_size=size) for size in (1, 2, 4, 8)], PERIOD),
+    "width": ([Setting(width=width) for width in (256, 512, 1024)], PERIOD),
 }
 
 
@@ -50,26 +50,19 @@ def measured(axis, setting, num_rounds):
     race = Race([name for name in NAMES if has_lora or name != "lora"], setting)
     for _ in range(num_rounds):
         race.round()
-    quiet = [number for number in range(num_rounds) if is_quiet(number)]
     at = {
         "density": float(setting.budget) if axis == "density" else None,
         "tokens": setting.batch_size * setting.sequence,
         "width": setting.width,
     }[axis]
     for name, runner in race.runners.items():
-        ratios = [
-            own / floor
-            for own, floor in zip(race.seconds[name], race.seconds["frozen"], strict=True)
-        ]
-        time = statistics.median(ratios[number] for number in quiet)
-        mean = statistics.fmean(ratios[number] for number in quiet)
         yield {
             "axis": axis,
             "at": at,
             "method": name,
-            "time_to_frozen": round(time, 3),
-            "window_share": round(statistics.fmean(ratios) / mean - 1, 3)
-            if num_rounds == PERIOD
+            "time_to_frozen": round(race.ratio(name, "frozen", QUIET), 3),
+            "reselection_share": round(race.reselection(name)[1], 3)
+            if name == "spiel" and num_rounds == WHOLE_PERIODS
             else None,
             "memory_mib": round(held_bytes(runner) / 2**20, 2),
         }

@@ -16,7 +16,7 @@ from spiel.ops import blocked
 from spiel.support import random_support
 
 TOKENS, ROWS, COLS = 1024, 1376, 512
-DENSITIES = (0.001, 0.0025, 0.0063, 0.016, 0.04, 0.1, 0.16, 0.25, 0.4)
+DENSITIES = (0.001, 0.0025, 0.0063, 0.016, 0.04, 0.1, 0.16, 0.25, 0.4, 0.6)
 ROUNDS = 15
 SPARSE = [name for name in ("compiled", "sampled") if name == "sampled" or ops.has_numba()]
 

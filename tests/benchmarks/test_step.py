@@ -8,17 +8,12 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from suites.measure import optimizer_state_bytes, saved_for_backward_bytes
-from tests.benchmarks.conftest import WARM_UP, Race
+from tests.benchmarks.conftest import PERIOD, Race
 
 pytestmark = pytest.mark.timeout(1800)
 
 ROUNDS = 40
-PERIOD = 20  # optimizer steps from one reselection to the next
 NUM_PERIODS = 5
-#: Optimizer steps t by t % PERIOD (see spiel.reselection.Schedule): the first of a growth window
-#: chooses its candidates, the last is followed by the exchange, whose support the next one meets.
-KINDS = {"choice": (0,), "window": (1, 2, 3, 4), "exchange": (5,), "new support": (6,)}
-QUIET = tuple(range(7, PERIOD))
 #: What fails as a regression: the goal of the project, and a margin for noise.
 MOST_OF_LORA = 0.90 * 1.05
 MOST_RESELECTION = 0.03 * 1.5
@@ -57,20 +52,7 @@ def test_step_time(benchmark, timed):
 
 @pytest.mark.parametrize("name", ["spiel", "spiel-ma"])
 def test_reselection_share(benchmark, periods, name):
-    """What growth windows and reselections add to the mean step, in steps without them.
-
-    From the median of each kind of step, as a ratio to the floor's in the same round: a mean over
-    so few steps would tell more of the machine.
-    """
-
-    def median(places):
-        rounds = range(PERIOD * NUM_PERIODS)
-        chosen = [i for i in rounds if (i + WARM_UP + 1) % PERIOD in places]
-        return periods.ratio(name, "frozen", chosen)
-
-    quiet = median(QUIET)
-    extra = {kind: median(places) / quiet - 1 for kind, places in KINDS.items()}
-    share = sum(len(KINDS[kind]) * value for kind, value in extra.items()) / PERIOD
+    extra, share = periods.reselection(name)
     found = {f"a step with {kind}, in steps": round(value, 3) for kind, value in extra.items()}
     found["reselection share of a step"] = round(share, 4)
     benchmark.extra_info.update(found)
