@@ -1,8 +1,8 @@
 """How time and memory grow with density, tokens and width, drawn in results/speed/growth.png.
 
 Time is the median step without a growth window, as a ratio to the frozen floor's in the same
-rounds. Memory is exact: what autograd keeps, the optimizer's state, the trained weights, their
-gradients and their indices.
+rounds; the dashed line adds the share of reselections. Memory is exact: what autograd keeps, the
+optimizer's state, the trained weights, their gradients and their indices.
 """
 
 from pathlib import Path
@@ -93,7 +93,7 @@ def test_growth(benchmark, grown):
     assert (spiel["time_to_frozen"] / lora["time_to_frozen"])[small].max() < 1.1
 
 
-def draw(grown, label, path):
+def draw(grown, machine, path):
     """A panel a quantity and axis."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     panels = figure.subplots(2, len(AXES))
@@ -102,11 +102,15 @@ def draw(grown, label, path):
             panel = panels[row][column]
             for name in NAMES:
                 own = grown[(grown["axis"] == axis) & (grown["method"] == name)]
-                panel.plot(own["at"], own[quantity], marker="o", label=name)
+                (line,) = panel.plot(own["at"], own[quantity], marker="o", label=name)
+                if quantity == "time_to_frozen" and own["reselection_share"].notna().all():
+                    mean = own[quantity] * (1 + own["reselection_share"])
+                    label = f"{name}, with reselections"
+                    panel.plot(own["at"], mean, "--", color=line.get_color(), label=label)
             panel.set(xscale="log", xlabel=axis, ylabel=quantity.replace("_", " "))
             panel.set_xticks(sorted(grown[grown["axis"] == axis]["at"].unique()))
             panel.xaxis.set_major_formatter("{x:g}")
             panel.minorticks_off()
-    panels[0][0].legend()
-    figure.suptitle(f"A train step; Llama, 6 layers, 512 wide, 1024 tokens unless said ({label})")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(f"A train step; Llama, 6 layers, 512 wide, 1024 tokens unless said ({machine})")
     figure.savefig(path, dpi=120)

@@ -13,7 +13,7 @@ from tests.benchmarks.conftest import PERIOD, Race
 pytestmark = pytest.mark.timeout(1800)
 
 ROUNDS = 40
-NUM_PERIODS = 5
+NUM_PERIODS = 10
 #: What fails as a regression: the goal of the project, and a margin for noise.
 MOST_OF_LORA = 0.90 * 1.05
 MOST_RESELECTION = 0.03 * 1.5
