@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from suites import measure, train
+from suites import measure, train, yardstick
 from suites.checkpoint import Checkpoints
 from suites.data import Collator, Examples, load_examples
 from suites.distributed import Rank
@@ -144,14 +144,19 @@ def _train(work: Work, contestant: Contestant, materials: Materials) -> None:
     setup = train.Setup(
         recipe, cell.tuning, cell.seed, work.device, work.rank.num_ranks, work.checkpoints
     )
-    num_tokens = 0
+    num_tokens, products = 0, [yardstick.product_seconds(work.device)]
     try:
         with work.meter.phase("train", work.checkpoints.history.cost):
             optimizer, num_tokens = train.fit(
                 contestant, materials.examples, materials.collate, setup, steps, watch
             )
+        products.append(yardstick.product_seconds(work.device))
     finally:
-        work.parts["training"] = _training(work, materials.examples, steps, watch, num_tokens)
+        work.parts["training"] = dataclasses.replace(
+            _training(work, materials.examples, steps, watch),
+            num_tokens=num_tokens,
+            yardstick_seconds=tuple(products),
+        )
     work.parts["size"] = dataclasses.replace(
         work.parts["size"],
         saved_for_backward_bytes=saved_bytes,
@@ -173,14 +178,12 @@ def _training(
     examples: Examples,
     steps: StepMeter,
     watch: train.LossWatch,
-    num_tokens: int,
 ) -> Training:
     flops = steps.first_step_flops
     return Training(
         tuple(watch.losses),
         tuple(steps.step_seconds),
         tuple(steps.callback_seconds),
-        num_tokens=num_tokens,
         num_examples=len(examples),
         num_dropped=examples.num_dropped,
         # Every rank counts its own share of the batch.

@@ -95,7 +95,7 @@ def present(suite: Suite, methods: Sequence[str], names: Sequence[str], out: Pat
     import pandas as pd
 
     from suites.record import write_whole
-    from suites.table import drawn, make_console, say, where
+    from suites.table import drawn, make_console, say, speed, where
 
     found = [(setting, _records(suite, methods, setting, out)) for setting in settings(names)]
     rows = [row for setting, records in found for row in compared(setting, records)]
@@ -104,12 +104,14 @@ def present(suite: Suite, methods: Sequence[str], names: Sequence[str], out: Pat
         say(console, "no setting has a finished LoRA to compare with")
         return 1
     frame, title = pd.DataFrame(rows), f"{suite.name}: a train step, and as a ratio to LoRA's"
-    machine = where(next(each for _, records in found for each in records if each.environment))
+    records = [each for _, own in found for each in own]
+    notes = [where(next(each for each in records if each.environment)), *speed(records)]
     console.print(drawn(title, frame))
-    say(console, machine)
+    for note in notes:
+        say(console, note)
     stem = out / "tables" / f"{suite.name}-ratios"
-    text = f"# {title}\n\n{frame.to_markdown(index=False, disable_numparse=True)}\n\n{machine}\n"
-    write_whole(text, stem.with_suffix(".md"))
+    text = frame.to_markdown(index=False, disable_numparse=True)
+    write_whole("\n\n".join([f"# {title}", text, *notes]) + "\n", stem.with_suffix(".md"))
     write_whole(frame.to_csv(index=False), stem.with_suffix(".csv"))
     say(console, f"tables:  {stem}.md, {stem}.csv")
     return 0

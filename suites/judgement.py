@@ -9,7 +9,7 @@ from suites import report, stats
 from suites.record import Record
 from suites.report import BASELINE, ROLES
 from suites.report import MixedRecordsError as MixedRecordsError
-from suites.table import MIB, number, where
+from suites.table import MIB, number, speed, where
 
 BETTER, SAME, WORSE, UNJUDGED = "better", "same", "WORSE", "-"
 
@@ -185,9 +185,9 @@ def row(finding: Finding) -> dict[str, str]:
 
 
 def machines(now: Sequence[Record], before: Sequence[Record]) -> list[str]:
-    """Where and by which code each was made."""
-    return [
-        f"{name}: {place}"
-        for name, records in {"before": before, "now": now}.items()
-        for place in sorted({where(each) for each in records if each.environment})
-    ]
+    """Where and by which code each was made, and how steady the machine was."""
+    notes = []
+    for name, records in {"before": before, "now": now}.items():
+        places = sorted({where(each) for each in records if each.environment})
+        notes += [f"{name}: {note}" for note in [*places, *speed(records)]]
+    return notes

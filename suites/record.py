@@ -14,11 +14,11 @@ from typing import Any
 from suites.plan import Cell
 from suites.provenance import Environment
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 #: Schemas that are read too: what they lack has a default that says it is unknown.
-#: 1 had no first_step_flops, resumed_at and num_processes.
-OLDER_SCHEMAS = (1,)
+#: 1 had no first_step_flops, resumed_at and num_processes, 2 no yardstick_seconds.
+OLDER_SCHEMAS = (1, 2)
 
 STATUSES = ("ok", "oom", "diverged", "failed", "interrupted")
 
@@ -72,6 +72,9 @@ class Training:
     first_step_flops: int | None = None
     #: The steps at which it went on from a checkpoint.
     resumed_at: tuple[int, ...] = ()
+    #: What the product of `suites.yardstick` took before and after the steps (of the last sitting,
+    #: if there were several).
+    yardstick_seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from suites.record import DamagedRecordError, Record, read
 MIB = 2**20
 UNMATCHED = "†"
 SIGNIFICANT = "*"
+#: How many times as slow a machine may be at one time as at another before its table warns.
+SPEED_LIMIT = 1.25
 
 
 def present(cells: Sequence[Cell], out: Path) -> int:
@@ -182,6 +184,7 @@ def footnotes(frame: pd.DataFrame, records: Sequence[Record]) -> list[str]:
     if (frame["num_ok"] == 1).any():
         notes.append("One seed has no interval; use several before any claim.")
     notes += sorted({where(record) for record in records if record.environment})
+    notes += speed(records)
     for row in frame.to_dict("records"):
         notes += [f"{row['method']}: {failure}" for failure in row["failures"]]
     return notes
@@ -218,6 +221,31 @@ def where(record: Record) -> str:
     revision = (environment.git_revision or "unknown")[:12]
     changed = ", changed" if environment.git_dirty else ""
     return f"{environment.hardware}; revision {revision}{changed}."
+
+
+def speed(records: Sequence[Record]) -> list[str]:
+    """How far the machine's own speed differed between the records, if they tell; a warning where
+    it was too far.
+    """
+    products = [
+        seconds
+        for record in records
+        if record.status == "ok"
+        for seconds in record.training.yardstick_seconds
+    ]
+    if not products:
+        return []
+    low, high = min(products), max(products)
+    note = (
+        f"The machine: one and the same matrix product took {1e3 * low:.3g} to {1e3 * high:.3g} ms "
+        "before and after training."
+    )
+    if high > SPEED_LIMIT * low:
+        note += (
+            f" Its speed differed {high / low:.1f}-fold: do not compare run times, but measure "
+            "them again while nothing else runs."
+        )
+    return [note]
 
 
 def drawn(title: str, table: pd.DataFrame) -> Table:

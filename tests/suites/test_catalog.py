@@ -103,6 +103,7 @@ def check_training(done: Record, num_examples: int) -> None:
     assert all(math.isfinite(loss) for loss in done.training.losses)
     assert done.training.num_examples == num_examples
     assert done.training.num_dropped == 0
+    assert len(done.training.yardstick_seconds) == 2 and min(done.training.yardstick_seconds) > 0
 
 
 def test_mmlu_flan_on_lm_evals_own_definitions_and_a_copy_of_their_data(hub):

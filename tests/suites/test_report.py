@@ -86,6 +86,21 @@ def test_marks_and_notes():
     assert any("A CPU, 2 threads" in note and "0123456789ab" in note for note in notes)
 
 
+def test_a_table_tells_how_steady_the_machine_was():
+    def beside(method, *seconds, **changes):
+        return finished(
+            cell(method), training=record.Training(yardstick_seconds=seconds), **changes
+        )
+
+    steady = [beside("lora", 0.020, 0.021), beside("spiel", 0.020, 0.022)]
+    (note,) = table.speed(steady)
+    assert "took 20 to 22 ms" in note and "differed" not in note
+    assert note in table.footnotes(report.frame(steady), steady)
+    (note,) = table.speed([*steady, beside("full", 0.022, 0.050)])
+    assert "took 20 to 50 ms" in note and "differed 2.5-fold: do not compare run times" in note
+    assert table.speed([finished(cell())]) == [], "records of before yardsticks say nothing"
+
+
 def scored(of, **tasks):
     """A record with `tasks`: name -> (role, metric)."""
     like = finished(of).scores["t"]
