@@ -21,6 +21,10 @@ from spiel.layer import SpielLinear
 from spiel.quantized import SpielLinear4bit, is_4bit
 from spiel.targets import narrow_all_linear, refuse_shared_weights, weight_shape
 
+#: Task -> the names of heads that peft trains in full, as `PeftModelFor...` adds them to the
+#: config after the adapter is in place.
+_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
 
 class SpielModel(BaseTuner):
     """SpIEL on a pretrained model, as a peft tuner; made by `peft.get_peft_model`.
@@ -38,7 +42,11 @@ class SpielModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """What peft calls for every adapter that is made or loaded."""
         # What injection fills in is of this model: the caller may use the config for another.
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config: Any = copy.deepcopy(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config
+        saved = list(config.modules_to_save or ())
+        heads = [name for name in _HEADS.get(config.task_type, ()) if name not in saved]
+        config.modules_to_save = [*saved, *heads] or None
         return super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: Any, _: dict) -> SpielConfig:
@@ -101,6 +109,26 @@ class SpielModel(BaseTuner):
         layer.update_layer(adapter_name, k, dtype)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """Called by peft, which on unloading would also copy a weight that a head need not have."""
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        """What peft asks before it merges the first layer.
+
+        Raises:
+            ValueError: a layer cannot be merged.
+        """
+        super()._check_merge_allowed()
+        for module in self.model.modules():
+            if isinstance(module, SpielLinear4bit):
+                module.refuse_merging()
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Leaves the deltas alone: their dtype is the config's `delta_dtype`. Called by peft."""
 
@@ -132,7 +160,8 @@ def spiel_layers(
     """An adapter's name (None: the active one) and its layers, by module name in the base model.
 
     Raises:
-        ValueError: the model has no such adapter, or none was named and several are active.
+        ValueError: the model has no such adapter, none was named and several are active, or two
+            adapted models with layers of the same names are in it.
     """
     layers = [module for module in model.modules() if isinstance(module, SpielLinear)]
     known = sorted({name for layer in layers for name in layer.spiel_deltas})
@@ -144,7 +173,14 @@ def spiel_layers(
     if adapter not in known:
         what = "active SpIEL adapter" if adapter is None else f"SpIEL adapter {adapter!r}"
         raise ValueError(f"the model has no {what}; it has: {', '.join(known) or 'none'}")
-    return adapter, {layer.name: layer for layer in layers if adapter in layer.spiel_deltas}
+    own = [layer for layer in layers if adapter in layer.spiel_deltas]
+    by_name = {layer.name: layer for layer in own}
+    if len(by_name) < len(own):
+        raise ValueError(
+            f"{len(own)} layers have {len(by_name)} names, as where a model holds several adapted "
+            "models: pass these one by one, with a Reselector for each"
+        )
+    return adapter, by_name
 
 
 def get_deltas(

@@ -96,6 +96,10 @@ class SpielLinear4bit(SpielLinear):
         return compute_dtype or x.dtype
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        self.refuse_merging()
+
+    def refuse_merging(self) -> None:
+        """Raises ValueError: there is no merging into 4 bits."""
         raise ValueError(
             f"SpIEL does not merge into the 4-bit weight of {self.name}: quantising the sums again "
             "would change them. Keep the adapter beside the model, or load the base model "

@@ -5,7 +5,13 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForQuestionAnswering,
+    RobertaForSequenceClassification,
+    RobertaForTokenClassification,
+)
 
 import spiel
 
@@ -155,3 +161,45 @@ def test_every_public_name_is_there():
     for name in spiel.__all__:
         assert getattr(spiel, name).__doc__
     assert peft.PeftType("SPIEL") == "SPIEL"
+
+
+ROBERTA = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_labels": 2,
+}
+TASKS = {
+    "SEQ_CLS": (RobertaForSequenceClassification, "classifier"),
+    "TOKEN_CLS": (RobertaForTokenClassification, "classifier"),
+    "QUESTION_ANS": (RobertaForQuestionAnswering, "qa_outputs"),
+}
+
+
+@pytest.mark.parametrize("task_type", TASKS)
+@pytest.mark.parametrize("target_modules", [None, ["query"]])
+def test_heads_of_tasks_are_trained_saved_and_unloaded(task_type, target_modules, tmp_path):
+    model_class, head = TASKS[task_type]
+
+    def base():
+        torch.manual_seed(0)
+        return model_class(RobertaConfig(**ROBERTA))
+
+    config = spiel.SpielConfig(
+        num_tunable_weights=60, task_type=task_type, target_modules=target_modules
+    )
+    model = peft.get_peft_model(base(), config)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any(f".{head}." in name for name in trained)
+    assert not any(f".{head}." in name for name in trained if "spiel" in name)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1)
+    model.eval()
+    wanted = model(input_ids=IDS)[0]
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
+    torch.testing.assert_close(loaded(input_ids=IDS)[0], wanted)
+    torch.testing.assert_close(model.merge_and_unload()(input_ids=IDS)[0], wanted)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import spiel
+from spiel.model import spiel_layers
 
 
 def quantized(quant_type="nf4", double=True, bias=True, compute_dtype=None, dtype=torch.float32):
@@ -97,6 +98,16 @@ def test_merging_is_refused_with_what_to_do_instead():
     model, _ = adapted(quantized())
     with pytest.raises(ValueError, match=r"4-bit weight of 0.*Keep the adapter.*dequantised"):
         model.merge_and_unload()
+
+
+def test_refused_merging_leaves_float_layers_beside_as_they_were(adapt):
+    model = adapt(nn.Sequential(nn.Linear(8, 64), *quantized()))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="does not merge into the 4-bit weight of 1"):
+            merge()
+        layers = spiel_layers(model)[1]
+        assert len(layers) == 3
+        assert not any(layer.merged for layer in layers.values())
 
 
 def test_autocast_and_a_compute_dtype():
