@@ -58,6 +58,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self._live: LiveEntries | None = None
         #: Adapter -> the Parameter of deltas that _LAYERS knows.
         self._known: dict[str, nn.Parameter] = {}
+        #: Adapter -> the dtype that its deltas were made in.
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def _deltas_of(self, adapter: str) -> nn.Parameter:
         """The Parameter [k]. Copying and loading make new ones, of which `layer_of` must know."""
@@ -66,6 +68,17 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             self._known[adapter] = deltas
             _LAYERS[deltas] = weakref.ref(self)
         return deltas
+
+    def restore_dtype(self, adapter: str) -> torch.dtype | None:
+        """Undoes a cast of the deltas that went around the layer (`parameter.data = ...`), as far
+        as their values survived it; returns the dtype they were cast to, None if they were not.
+        """
+        deltas = self.spiel_deltas[adapter]
+        found, own = deltas.dtype, self._dtypes[adapter]
+        if found == own:
+            return None
+        deltas.data = deltas.data.to(own)
+        return found
 
     # -- live weights -----------------------------------------------------------------------
 
@@ -110,7 +123,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def put_back(self) -> None:
         """Restores the pretrained weight, bit for bit."""
         if self._live is not None:
-            self._live.put_back()
+            self._live.put_back(self.spiel_deltas)
             self._live = None
 
     # -- merging ----------------------------------------------------------------------------

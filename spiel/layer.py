@@ -39,6 +39,7 @@ class SpielLinear(DeltaLayer):
         numel = self.shape[0] * self.shape[1]
         deltas = torch.zeros(k, dtype=dtype, device=device)
         self.spiel_deltas[adapter] = nn.Parameter(deltas)
+        self._dtypes[adapter] = dtype
         self.spiel_indices[adapter] = random_support(k, numel, device)
         self._deltas_of(adapter)
         self.set_adapter(self.active_adapters)
@@ -80,6 +81,7 @@ class SpielLinear(DeltaLayer):
             self.put_back()
         self.observers.pop(adapter_name, None)
         self._known.pop(adapter_name, None)
+        self._dtypes.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(
@@ -157,6 +159,8 @@ class SpielLinear(DeltaLayer):
                 self.shape[0] * self.shape[1],
                 f"{self.name} (adapter {adapter!r})",
             )
+        for adapter in self.spiel_deltas:
+            self.restore_dtype(adapter)
         self.put_back()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

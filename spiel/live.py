@@ -65,7 +65,7 @@ class LiveEntries:
             else:
                 wide = sums.to(torch.promote_types(sums.dtype, values.dtype))
                 sums = wide.index_add(0, slots, values.to(wide.dtype))
-        return sums.to(self.weight.dtype)
+        return sums.to(self._originals.dtype)
 
     def write(self, deltas: Deltas) -> None:
         """Brings the weight up to date with the adapters' deltas [k]."""
@@ -75,13 +75,14 @@ class LiveEntries:
                 return
         _write(self.weight, self._places, self.entries(deltas))
 
-    def put_back(self) -> None:
-        """Restores the pretrained entries, unless the weight has been given other memory since.
+    def put_back(self, deltas: Deltas) -> None:
+        """Restores the pretrained entries, if the sums with these deltas [k] stand in the weight.
 
         Raises:
-            RuntimeError: a support was written into, so nobody knows where they belong.
+            RuntimeError: a support was written into, so nobody knows where they belong; or the
+                weight was given other memory, and what stands there is neither.
         """
-        if self._address != self.weight.data_ptr():
+        if self._address != self.weight.data_ptr() and not self._has_moved(deltas):
             return
         if self._versions != self._read_versions():
             raise RuntimeError(
@@ -89,6 +90,23 @@ class LiveEntries:
                 "spiel.set_support to change a support"
             )
         _write(self.weight, self._places, self._originals)
+
+    def _has_moved(self, deltas: Deltas) -> bool:
+        """Whether other memory that the weight was given (`weight.data = ...`) has the sums in it,
+        as a cast of every parameter does, and not the pretrained entries.
+        """
+        if self.weight.device != self._originals.device or self.weight.numel() == 0:
+            return False  # offloaded
+        found = _read(self.weight, self._places)
+        if torch.equal(found, self._originals.to(found)):
+            return False
+        if torch.equal(found, self.entries(deltas).to(found)):
+            return True
+        raise RuntimeError(
+            "a weight was given other memory (weight.data = ...) while deltas were in it, and "
+            "which of its entries are pretrained can no longer be told: load the model anew, and change "
+            "weights through the model (model.to, load_state_dict) or with the adapter disabled"
+        )
 
     def _read_versions(self) -> list[int]:
         # What was made in inference mode counts no versions.

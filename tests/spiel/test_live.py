@@ -156,16 +156,41 @@ def test_inference_mode_first_then_training(two_layers, adapt, assert_pristine):
         assert_pristine(model, base)
 
 
-def test_other_memory_given_to_a_live_weight_is_not_written_into(two_layers, adapt):
+def test_other_memory_with_the_pretrained_weight_is_not_written_into(two_layers, adapt):
+    base = two_layers()
+    model = adapt(copy.deepcopy(base))
+    x = torch.ones(1, 12)
+    wanted = model(x)
+    layer = spiel_layers(model)[1]["first"]
+    layer.base_layer.weight.data = base.first.weight.detach().clone()
+    torch.testing.assert_close(model(x), wanted)
+    layer.put_back()
+    assert torch.equal(layer.base_layer.weight, base.first.weight)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_that_moved_to_other_memory_are_still_put_back(two_layers, adapt, merged, dtype):
+    base = two_layers()
+    model = adapt(copy.deepcopy(base))
+    model(torch.ones(1, 12))
+    if merged:
+        model.merge_adapter()
+    for layer in spiel_layers(model)[1].values():
+        layer.base_layer.weight.data = layer.base_layer.weight.data.to(dtype, copy=True)
+    model.unmerge_adapter()
+    for name, layer in spiel_layers(model)[1].items():
+        wanted = base.get_submodule(name).weight.to(dtype)
+        assert torch.equal(layer.base_layer.weight, wanted), name
+
+
+def test_other_memory_with_something_else_is_refused(two_layers, adapt):
     model = adapt(two_layers())
     x = torch.ones(1, 12)
     model(x)
-    layer = spiel_layers(model)[1]["first"]
-    new = torch.randn(16, 12)
-    layer.base_layer.weight.data = new.clone()
-    model(x)
-    layer.put_back()
-    assert torch.equal(layer.base_layer.weight, new)
+    spiel_layers(model)[1]["first"].base_layer.weight.data = torch.randn(16, 12)
+    with pytest.raises(RuntimeError, match=r"which of its entries are pretrained can no longer"):
+        model(x)
 
 
 def test_an_adapter_is_made_and_used_in_inference_mode(two_layers, adapt):
