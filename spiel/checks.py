@@ -25,8 +25,43 @@ def config_of(model: nn.Module, adapter: str) -> SpielConfig:
     raise ValueError(f"the model has no SpielConfig of adapter {adapter!r}")
 
 
+def check_unsharded(model: nn.Module, layers: Layers, adapter: str) -> None:
+    """Raises ValueError if ranks hold parts of weights (FSDP, tensor parallelism, ZeRO-3), of which
+    neither the flat indices nor the gradients here know.
+    """
+    parts = [
+        name
+        for name, layer in layers.items()
+        if _is_sharded(layer.base_layer.weight) or _is_sharded(layer.spiel_deltas[adapter])
+    ]
+    if parts or any(_is_a(module, "FullyShardedDataParallel") for module in model.modules()):
+        raise ValueError(
+            f"{parts[0] if parts else 'the model'} is sharded: SpIEL trains in data-parallel "
+            "processes that each hold all of the model, as in DistributedDataParallel"
+        )
+
+
+def _is_sharded(tensor: object) -> bool:
+    return _is_a(tensor, "DTensor") or hasattr(tensor, "ds_id")
+
+
+def _is_a(thing: object, name: str) -> bool:
+    """Whether it is of a class of that name, which need not be imported to know."""
+    return any(cls.__name__ == name for cls in type(thing).__mro__)
+
+
 def check_layers(layers: Layers, adapter: str) -> None:
-    """Raises ValueError if the adapter is frozen, RuntimeError if adapters are merged."""
+    """Raises ValueError if the adapter is frozen, RuntimeError if adapters are merged; gives deltas
+    that something has cast their own dtype again, with a warning.
+    """
+    cast = {layer.restore_dtype(adapter) for layer in layers.values()} - {None}
+    if cast:
+        warnings.warn(
+            f"something has cast the deltas to {', '.join(map(str, cast))} (as TRL's trainers do "
+            "with all that trains on a quantised model); they have the dtype of `delta_dtype` "
+            "again, in which small updates are not lost",
+            stacklevel=4,
+        )
     for name, layer in layers.items():
         layer.refuse_merged()
         if not layer.spiel_deltas[adapter].requires_grad:

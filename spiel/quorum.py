@@ -17,7 +17,8 @@ class Quorum:
     The choice averages gradients over ranks in the midst of backward, so a rank on which a weight
     takes no part (an expert that no token was sent to) would leave the others waiting. As long as
     a window lacks candidates, ranks ask each other once in a backward pass, before anything else,
-    what gets a gradient in it; a window that may not choose waits for the next micro-batch.
+    what gets a gradient in it; a window that may not choose waits for the next micro-batch. So in
+    every backward pass each rank must use at least one adapted layer.
     """
 
     def __init__(self, windows: Collection[GradientWindow]) -> None:

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from spiel.checks import check_layers, check_optimizer, check_state, config_of
+from spiel.checks import (
+    check_layers,
+    check_optimizer,
+    check_state,
+    check_unsharded,
+    config_of,
+)
 from spiel.distributed import broadcast_, check_equal, is_parallel
 from spiel.layer import SpielLinear
 from spiel.model import spiel_layers
@@ -36,8 +42,8 @@ class Reselector:
         adapter: which adapter, where several are active.
 
     Raises:
-        ValueError: `total_steps` is too small for one reselection, the adapter is frozen, or the
-            optimizer does not have the deltas.
+        ValueError: `total_steps` is too small for one reselection, the adapter is frozen, the
+            optimizer does not have the deltas, or ranks hold parts of weights.
         TypeError: the optimizer cannot serve this growth, or `total_steps` is no integer.
         RuntimeError: adapters are merged.
     """
@@ -65,6 +71,7 @@ class Reselector:
             config.reselection_rate_policy,
         )
         self.optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        check_unsharded(model, self.layers, self.adapter)
         check_layers(self.layers, self.adapter)
         check_optimizer(self.optimizer, self.layers, self.adapter, self.growth)
         self.t = 0

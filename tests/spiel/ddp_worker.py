@@ -7,6 +7,8 @@ import peft
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spiel
@@ -50,25 +52,34 @@ def deltas_after_training(growth, rank, world_size):
 
 
 class Experts(nn.Module):
-    """Two layers with an expert between them that only some batches are sent to."""
+    """Two layers and an expert, between or after them, that only some batches are sent to."""
 
-    def __init__(self):
+    def __init__(self, comes_last):
         super().__init__()
-        self.first, self.expert, self.last = (nn.Linear(12, 12) for _ in range(3))
+        self.first, self.second, self.third = (nn.Linear(12, 12) for _ in range(3))
+        self.expert = "third" if comes_last else "second"
 
     def forward(self, x, use_expert):
-        x = torch.tanh(self.first(x))
-        return self.last(torch.tanh(self.expert(x)) if use_expert else x)
+        for name in ("first", "second", "third"):
+            if name != self.expert or use_expert:
+                x = torch.tanh(getattr(self, name)(x))
+        return x
 
 
-def deltas_of_experts(use, rank):
-    """The deltas after as many steps as `use` has, the expert being used where it says so."""
+def deltas_of_experts(use, rank, comes_last=False):
+    """The deltas after as many steps as `use` has, the expert being used where it says so.
+
+    Each module is in a bucket of its own. One that comes last is first in backward: ranks that do
+    not use it have its bucket reduced before others do.
+    """
     torch.manual_seed(0)
     config = spiel.SpielConfig(
         num_tunable_weights=90, reselection_steps=5, selection_accumulation_steps=3
     )
-    model = peft.get_peft_model(Experts(), config)
-    parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    model = peft.get_peft_model(Experts(comes_last), config)
+    parallel = torch.nn.parallel.DistributedDataParallel(
+        model, find_unused_parameters=True, bucket_cap_mb=1e-4
+    )
     optimizer = spiel.SpielAdamW(model, lr=0.01)
     reselector = spiel.Reselector(parallel, optimizer, 14)
     torch.manual_seed(rank)
@@ -78,6 +89,25 @@ def deltas_of_experts(use, rank):
         optimizer.zero_grad()
         reselector.step()
     return spiel.get_deltas(model)
+
+
+def refusal_of_shards(shard):
+    """What a Reselector says of a model that `shard` has spread over the ranks."""
+    config = spiel.SpielConfig(num_tunable_weights=90)
+    model = shard(peft.get_peft_model(Experts(False), config))
+    try:
+        spiel.Reselector(model, spiel.SpielAdamW(model), 100)
+    except ValueError as error:
+        return str(error)
+
+
+def fully_sharded(model):
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return model
+
+
+def wrapped(model):
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
 
 
 def main():
@@ -91,6 +121,8 @@ def main():
     in_turn = [(step + rank) % 2 == 0 for step in range(STEPS)]
     for case, use in {"never at once": in_turn, "at once": [True, *in_turn]}.items():
         deltas[case] = deltas_of_experts(use, rank)
+        deltas[f"{case}, last"] = deltas_of_experts(use, rank, comes_last=True)
+    deltas["refusals"] = [refusal_of_shards(shard) for shard in (fully_sharded, wrapped)]
     torch.save(deltas, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -43,10 +43,19 @@ def test_two_ranks_train_as_one_process(growth, ranks):
         assert torch.equal(one[name][1], other[name][1]), name
 
 
-@pytest.mark.parametrize("case", ["never at once", "at once"])
+@pytest.mark.parametrize(
+    "case", ["never at once", "at once", "never at once, last", "at once, last"]
+)
 def test_ranks_agree_though_some_have_no_use_for_a_module(case, ranks):
     one, other = (rank[case] for rank in ranks)
     for name, (indices, values) in one.items():
         assert torch.equal(other[name][0], indices), name
         assert torch.equal(other[name][1], values), name
         assert bool(values.any()), name
+
+
+def test_sharded_weights_are_refused(ranks):
+    for rank in ranks:
+        named, wrapped = rank["refusals"]
+        assert "first is sharded: SpIEL trains in data-parallel processes" in named
+        assert "the model is sharded" in wrapped

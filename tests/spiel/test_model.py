@@ -257,3 +257,27 @@ def test_set_support_wants_tensors(two_layers, adapt):
     for wrong, kind in ((indices.tolist(), "list"), (indices.numpy(), "ndarray")):
         with pytest.raises(TypeError, match=f"first: indices must be a tensor .* got {kind}"):
             spiel.set_support(model, {"first": wrong})
+
+
+def test_two_adapted_models_in_one_are_told_apart(two_layers, adapt):
+    both = nn.ModuleDict({"query": adapt(two_layers()), "document": adapt(two_layers())})
+    optimizer = spiel.SpielAdamW(both)
+    with pytest.raises(ValueError, match=r"4 layers have 2 names.*one by one"):
+        spiel.Reselector(both, optimizer, 100)
+    for model in both.values():
+        assert len(spiel.Reselector(model, optimizer, 100).layers) == 2
+
+
+def test_deltas_that_were_cast_from_outside_are_in_their_own_dtype_again(two_layers, adapt):
+    model = adapt(two_layers())
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    for deltas in (p for p in model.parameters() if p.requires_grad):
+        deltas.data = deltas.data.to(torch.bfloat16)  # as TRL does on a quantised model
+    with pytest.warns(UserWarning, match=r"cast the deltas to torch\.bfloat16"):
+        spiel.Reselector(model, spiel.SpielAdamW(model), 100)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    for deltas in (p for p in model.parameters() if p.requires_grad):
+        deltas.data = deltas.data.to(torch.bfloat16)
+    model.load_state_dict(saved)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, saved[name]), name
