@@ -104,8 +104,8 @@ class LiveEntries:
             return True
         raise RuntimeError(
             "a weight was given other memory (weight.data = ...) while deltas were in it, and "
-            "which of its entries are pretrained can no longer be told: load the model anew, and change "
-            "weights through the model (model.to, load_state_dict) or with the adapter disabled"
+            "which of its entries are pretrained can no longer be told: load the model anew, and "
+            "change weights through it (model.to, load_state_dict) or with the adapter disabled"
         )
 
     def _read_versions(self) -> list[int]:

@@ -75,7 +75,7 @@ class SpielLinear4bit(SpielLinear):
             indices, deltas = self.spiel_indices[name], self.spiel_deltas[name].detach()
             before = dense.view(-1).index_select(0, indices)
             if not ops.write_entries(dense, indices, before, deltas):
-                dense.put_(indices.long(), (before + deltas).to(dtype))
+                dense.view(-1).scatter_(0, indices.long(), (before + deltas).to(dtype))
         return dense
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -77,12 +77,21 @@ def choose_backend(
     return name if k <= CPU_MAX_DENSITY[name] * numel else "blocked"
 
 
-def settle(device: torch.device, dtype: torch.dtype) -> None:
-    """Has what the choice on a GPU needs measured now, and not in the first backward pass, where
-    its time and memory would count as training's.
+def settle(device: torch.device, dtype: torch.dtype, sizes: Iterable[tuple[int, int]]) -> None:
+    """Has what weights of these `sizes` (k, numel) need measured, compiled and tuned now: in the
+    first steps its time and memory would count as training's.
     """
-    if device.type == "cuda":
-        crossover.faster_backend(device, dtype, 0.0)
+    sizes = [(k, numel) for k, numel in sizes if k > 0]
+    tokens, rows, cols = crossover.STANDARD_SHAPE if device.type == "cuda" else (16, 16, 16)
+    indices = torch.arange(0, rows * cols, cols // 10, dtype=torch.int32, device=device)
+    for name in sorted({choose_backend(device, k, numel, dtype) for k, numel in sizes}):
+        left, right = (torch.zeros(tokens, n, dtype=dtype, device=device) for n in (rows, cols))
+        BACKENDS[name](left, right, [indices])
+    forget_operands()
+    if any(numel >= CPU_MIN_NUMEL for _, numel in sizes):
+        values = torch.zeros(2, device=device)
+        weight = torch.zeros(CPU_MIN_NUMEL // 16, 16, dtype=dtype, device=device)
+        write_entries(weight, indices[:2], values.to(dtype), values)
 
 
 @cache

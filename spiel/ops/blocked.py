@@ -170,10 +170,12 @@ _CUTS = WeakIdKeyDictionary()
 
 def _kept_cuts(indices: torch.Tensor, bounds: list[int]) -> list[int]:
     """`_cuts` of a support that is asked for again: on a GPU each answer waits for all its work."""
+    # What was made in inference mode counts no versions, so nothing is known of it.
+    now = None if indices.is_inference() else indices._version
     version, known_bounds, cuts = _CUTS.get(indices, (None, None, []))
-    if version != indices._version or known_bounds != bounds:
+    if now is None or version != now or known_bounds != bounds:
         cuts = _cuts(indices, bounds)
-        _CUTS[indices] = indices._version, bounds, cuts
+        _CUTS[indices] = now, bounds, cuts
     return cuts
 
 

@@ -47,7 +47,6 @@ def _sampled_kernel(  # type: ignore[no-untyped-def]
     k,
     cols,
     tokens,
-    TOKENS_CEILING: tl.constexpr,  # only tells the tuner which sizes are alike
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -121,7 +120,7 @@ if not INTERPRETED:
             triton.Config({"BLOCK_E": block_e, "BLOCK_T": block_t}, num_warps=num_warps)
             for block_e, block_t, num_warps in _CONFIGS
         ],
-        key=["TOKENS_CEILING"],  # and, as always, the tensors' dtypes
+        key=[],  # once for each combination of dtypes: not again in the midst of training
         do_bench=_times,
     )(_sampled_kernel)
 
@@ -154,7 +153,7 @@ def _products(left_RT: torch.Tensor, right_CT: torch.Tensor, indices: torch.Tens
     values = torch.empty(k, dtype=torch.float32, device=left_RT.device)
     if k == 0:
         return values
-    sizes = (k, len(right_CT), tokens, triton.next_power_of_2(tokens))
+    sizes = (k, len(right_CT), tokens)
     is_fixed = INTERPRETED or torch.are_deterministic_algorithms_enabled()
     kernel = _sampled_kernel if is_fixed else _tuned_sampled_kernel
     blocks = _FIXED_BLOCKS if is_fixed else {}

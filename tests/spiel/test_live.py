@@ -133,6 +133,13 @@ def test_writing_into_live_indices_is_told(two_layers, adapt):
         model.state_dict()
 
 
+def test_a_support_that_was_set_in_inference_mode_trains(two_layers, adapt):
+    model = adapt(two_layers())
+    with torch.inference_mode():
+        spiel.set_support(model, {"first": torch.arange(20)})
+    model(torch.randn(2, 12)).sum().backward()
+
+
 def test_deterministic_algorithms_are_enough(two_layers, adapt):
     model = adapt(two_layers())
     torch.use_deterministic_algorithms(True)

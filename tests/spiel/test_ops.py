@@ -253,3 +253,33 @@ def test_gradients_are_fp32_whatever_the_default(backend):
     finally:
         torch.set_default_dtype(torch.float32)
     assert {values.dtype for values in found} == {torch.float32}
+
+
+def test_settling_leaves_nothing_to_be_compiled_for_the_first_steps(tmp_path):
+    code = """if True:
+        import torch
+        from spiel import ops
+        from spiel.support import random_support
+        numel = 512 * 512
+        ops.settle(torch.device("cpu"), torch.float32, [(1000, numel), (10, 100)])
+        compiled = ops._module("compiled")
+        kernels = compiled._products, compiled._write_sums
+        before = [len(kernel.signatures) for kernel in kernels]
+        indices, values = random_support(1000, numel), torch.ones(1000)
+        assert ops.write_entries(torch.zeros(512, 512), indices, values, values)
+        ops.sampled_gradient(torch.ones(8, 512), torch.ones(8, 512), indices)
+        print(before, [len(kernel.signatures) for kernel in kernels], dict(ops.backend_calls))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[1, 1] [1, 1] {'compiled': 1}"
+
+
+def test_small_models_are_spared_the_compiler():
+    code = """if True:
+        import sys, torch
+        from spiel import ops
+        ops.settle(torch.device("cpu"), torch.float32, [(10, 100)])
+        print("numba" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -146,3 +146,13 @@ def test_density_counts_the_weights_that_packed_bytes_stand_for():
     model = peft.get_peft_model(quantized(bias=False), config)
     num_parameters = 64 * 48 + 48 * 4 + 4
     assert model.peft_config["default"].num_deltas == {"0": int(0.1 * num_parameters)}
+
+
+def test_deterministic_algorithms_are_enough():
+    model, deltas = adapted(quantized())
+    torch.use_deterministic_algorithms(True)
+    try:
+        model(torch.randn(5, 64)).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert bool(deltas.grad.any())
