@@ -2,7 +2,8 @@
 
 For the gradient both operands are transposed a slab of tokens at a time into buffers that stay in
 the cache, where every entry is a dot product; no transposed copy of an operand ever exists. Each
-thread takes tokens of its own. See `spiel.ops.reference` for what is computed.
+thread takes tokens of its own or, where that many sums of all entries would be too much memory,
+rows of its own too. See `spiel.ops.reference` for what is computed.
 
 All of it is in this one file, by whose date numba knows whether what it compiled is still true.
 """
@@ -21,6 +22,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from spiel.ops import blocked
 
 #: Tokens of a slab: so few that it stays near, so many that a dot product pays for its last sum.
 SLAB = 48
@@ -167,19 +170,22 @@ _add_dots_8, _add_dots_4, _add_dots_2, _add_dots_1 = (_add_dots(num) for num in 
 
 
 @numba.njit(nogil=True, cache=True)
-def _transpose(x_TN, start, stop, out_NS):  # type: ignore[no-untyped-def]
-    """Tokens start to stop of x as columns of `out`, whose other columns become 0."""
-    width, length = x_TN.shape[1], stop - start
+def _transpose(x_TN, start, stop, first, last, out_NS):  # type: ignore[no-untyped-def]
+    """Tokens start to stop of the columns first to last of x, transposed, in the first columns of
+    `out`, whose other columns become 0.
+    """
+    width, length = last - first, stop - start
     # Two tiles below each other: a row of them fills a line of the cache.
     wide, tall = width // TILE * TILE, length // (2 * TILE) * (2 * TILE)
     for top in range(0, tall, 2 * TILE):
         for left in range(0, wide, TILE):
-            _transpose_tile(x_TN, start + top, left, out_NS, left, top)  # type: ignore[call-arg]
-            _transpose_tile(x_TN, start + top + TILE, left, out_NS, left, top + TILE)
+            at = first + left
+            _transpose_tile(x_TN, start + top, at, out_NS, left, top)  # type: ignore[call-arg]
+            _transpose_tile(x_TN, start + top + TILE, at, out_NS, left, top + TILE)
     for t in range(length):
         for n in range(wide if t < tall else 0, width):
-            out_NS[n, t] = x_TN[start + t, n]
-    out_NS[:, length:] = 0
+            out_NS[n, t] = x_TN[start + t, first + n]
+    out_NS[:width, length:] = 0
 
 
 @numba.njit(nogil=True, cache=True)
@@ -200,36 +206,54 @@ def _add_products(left_RS, right_CS, pointers, columns, sums):  # type: ignore[n
             _add_dots_1(left_RS, row, right_CS, columns, sums, e)
 
 
+@numba.njit(nogil=True, cache=True)
+def _even_rows(pointers, num_groups):  # type: ignore[no-untyped-def]
+    """First rows [groups + 1] of groups with about as many entries of all supports each; `pointers`
+    [supports, rows + 1].
+    """
+    before = pointers.sum(axis=0)
+    edges = np.zeros(num_groups + 1, np.int64)
+    for group in range(1, num_groups):
+        edges[group] = np.searchsorted(before, before[-1] * group // num_groups)
+    edges[num_groups] = len(before) - 1
+    return edges
+
+
 @numba.njit(nogil=True, cache=True, parallel=True)
-def _products(left_TR, right_TC, indices, bounds, slabs):  # type: ignore[no-untyped-def]
+def _products(left_TR, right_TC, indices, bounds, slabs, num_shares):  # type: ignore[no-untyped-def]
     """The entries [k] of left.T @ right at `indices` [k]: several supports in a row, the s-th of
     them from bounds[s] to bounds[s + 1].
 
-    `slabs` [threads, rows + cols, SLAB] is workspace.
+    Tokens are divided into `num_shares`, and the rows among the threads that have one share in
+    common. `slabs` [threads, rows + cols, SLAB] is workspace.
     """
     tokens, rows, cols = left_TR.shape[0], left_TR.shape[1], right_TC.shape[1]
-    num_threads = len(slabs)
+    num_groups = len(slabs) // num_shares
     num_supports = len(bounds) - 1
     pointers = np.zeros((num_supports, rows + 1), np.int64)
     columns = np.empty(len(indices), np.int32)
     for s in range(num_supports):
         own = slice(bounds[s], bounds[s + 1])
         _positions(indices[own], cols, pointers[s], columns[own])
-    share = (tokens + num_threads - 1) // num_threads
-    sums = np.zeros((num_threads, len(indices)), np.float32)
-    for thread in numba.prange(num_threads):
+    length = (tokens + num_shares - 1) // num_shares
+    edges = _even_rows(pointers, num_groups)
+    sums = np.zeros((num_shares, len(indices)), np.float32)
+    for thread in numba.prange(num_shares * num_groups):
+        share, group = thread // num_groups, thread % num_groups
+        first, last = edges[group], edges[group + 1]
         left_RS, right_CS = slabs[thread, :rows], slabs[thread, rows:]
-        end = min(tokens, (thread + 1) * share)
-        for start in range(thread * share, end, SLAB):
+        end = min(tokens, (share + 1) * length) if last > first else 0
+        for start in range(share * length, end, SLAB):
             stop = min(start + SLAB, end)
-            _transpose(left_TR, start, stop, left_RS)
-            _transpose(right_TC, start, stop, right_CS)
+            _transpose(left_TR, start, stop, first, last, left_RS)
+            _transpose(right_TC, start, stop, 0, cols, right_CS)
             for s in range(num_supports):
                 lo, hi = bounds[s], bounds[s + 1]
-                _add_products(left_RS, right_CS, pointers[s], columns[lo:hi], sums[thread, lo:hi])
+                here = pointers[s, first : last + 1]
+                _add_products(left_RS, right_CS, here, columns[lo:hi], sums[share, lo:hi])
     total = sums[0].copy()  # memory of its own: a gradient is kept
-    for thread in range(1, num_threads):
-        total += sums[thread]
+    for share in range(1, num_shares):
+        total += sums[share]
     return total
 
 
@@ -238,18 +262,28 @@ def sampled_gradients(
 ) -> list[torch.Tensor]:
     """For each support [k] those entries of left.T @ right, in fp32."""
     sizes = [len(support) for support in supports]
+    num_threads = _num_threads()
     indices = supports[0] if len(supports) == 1 else torch.cat(list(supports))
     entries = _products(
         left_TR.detach().float().contiguous().numpy(),
         right_TC.detach().float().contiguous().numpy(),
         indices.contiguous().numpy(),
         np.array([0, *accumulate(sizes)]),
-        _workspace(_num_threads(), left_TR.shape[1] + right_TC.shape[1]),
+        _workspace(num_threads, left_TR.shape[1] + right_TC.shape[1]),
+        _num_shares(num_threads, len(indices)),
     )
     if len(supports) == 1:
         return [torch.from_numpy(entries)]
     # Each support's in memory of its own: the gradient of the deltas outlives the candidates'.
     return [own.clone() for own in torch.from_numpy(entries).split(sizes)]
+
+
+def _num_shares(num_threads: int, k: int) -> int:
+    """Into how many shares to divide tokens, each of which has fp32 sums of its own for all `k`
+    entries: as many as there are threads, if they fit the workspace.
+    """
+    fitting = max(1, blocked.WORKSPACE_BYTES // (4 * max(1, k)))
+    return max(n for n in range(1, num_threads + 1) if num_threads % n == 0 and n <= fitting)
 
 
 @numba.njit(nogil=True, cache=True)

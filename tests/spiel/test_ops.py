@@ -173,6 +173,26 @@ def test_several_threads_leave_a_gradient_of_its_own_size(backend):
     assert values.untyped_storage().nbytes() == 4 * 500
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 6, 7, 64])
+@pytest.mark.parametrize("most_sums", [1, 2, 3, 100])
+def test_threads_share_rows_where_sums_of_their_own_would_be_too_many(
+    num_threads, most_sums, monkeypatch
+):
+    compiled = pytest.importorskip("spiel.ops.compiled")
+    left, right = operands(300, 40, 33)
+    supports = [random_support(500, 40 * 33), torch.arange(33 * 7, 33 * 7 + 100)]
+    monkeypatch.setattr(compiled, "_num_threads", lambda: num_threads)
+    monkeypatch.setattr(blocked, "WORKSPACE_BYTES", most_sums * 4 * 600)
+    shares = compiled._num_shares(num_threads, 600)
+    assert shares <= most_sums and num_threads % shares == 0
+    assert shares == num_threads or num_threads > most_sums
+    found = compiled.sampled_gradients(left, right, supports)
+    for own, expected in zip(
+        found, reference.sampled_gradients(left, right, supports), strict=True
+    ):
+        assert_close_rms(own, expected, 1e-5)
+
+
 def test_the_first_product_leaves_torchs_number_of_threads_alone():
     code = """if True:
         import torch
