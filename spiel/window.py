@@ -23,10 +23,11 @@ class GradientWindow:
 
     The first micro-batch of the window in which the weight has a gradient chooses the candidates:
     the k largest |dL/dW| of the whole weight. A gradient that is 0 throughout (all labels masked,
-    an expert without tokens) or not finite cannot choose. From then on, and for that micro-batch
-    too, only the candidates' gradients are kept: summed over the micro-batches of an optimizer
-    step, and of these step gradients the sum and the sum of squares over steps. Sums are fp32
-    whatever the model's dtype; steps are counted as an integer.
+    an expert without tokens) or not finite cannot choose. Of several uses of the weight in one
+    backward pass each counts as a micro-batch. From then on, and for that micro-batch too, only the
+    candidates' gradients are kept: summed over the micro-batches of an optimizer step, and of these
+    step gradients the sum and the sum of squares over steps. Sums are fp32 whatever the model's
+    dtype; steps are counted as an integer.
 
     All of it is averaged over data-parallel ranks: the whole weight's gradient, block by block, on
     the micro-batch that chooses, and the candidates' gradients once in every optimizer step.
