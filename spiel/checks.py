@@ -11,6 +11,7 @@ from torch import nn
 from spiel.config import SpielConfig
 from spiel.layer import SpielLinear
 from spiel.optim import SpielAdamW, check_state_moves
+from spiel.optimizer import SUPPORT
 from spiel.sm3 import SpielSM3
 
 Layers = Mapping[str, SpielLinear]
@@ -96,6 +97,18 @@ def check_optimizer(
             "spiel.SpielAdamW is made for growth 'ag'",
             stacklevel=4,
         )
+
+
+def check_momenta(optimizer: torch.optim.Optimizer, layers: Layers, adapter: str) -> None:
+    """Raises RuntimeError if the optimizer's momenta are of other weights than the active ones."""
+    for name, layer in layers.items():
+        noted = optimizer.state.get(layer.spiel_deltas[adapter], {}).get(SUPPORT)
+        if noted is not None and int(noted) != int(layer.spiel_indices[adapter].sum()):
+            raise RuntimeError(
+                f"the support of {name} is another than when the optimizer last stepped (an "
+                "adapter was loaded, or set_support called), so its momenta are of other weights: "
+                "load the optimizer's state too, or make a new optimizer"
+            )
 
 
 def check_state(optimizer: torch.optim.Optimizer, layers: Layers, adapter: str) -> None:

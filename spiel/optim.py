@@ -111,6 +111,7 @@ class SpielAdamW(SpielOptimizer):
                 zeros = torch.zeros_like(parameter, dtype=torch.float32)
                 store(state, name, zeros, self.state_dtype)
             state["age"] = torch.ones((), dtype=torch.int16, device="cpu")
+            self.note_support(parameter)
         return state
 
     @torch.no_grad()
@@ -122,7 +123,8 @@ class SpielAdamW(SpielOptimizer):
         gradient_sq_mean: torch.Tensor,
         num_steps: int,
     ) -> None:
-        """Moves the state of `parameter` to a new support and seeds it for grown weights.
+        """Moves the state of `parameter` to the support that its layer has now, and seeds it for
+        grown weights.
 
         Args:
             gradient_mean: [m], mean gradient of each of `exchange.grown` over the steps seen.
@@ -139,6 +141,7 @@ class SpielAdamW(SpielOptimizer):
             store(state, name, moved, self.state_dtype)
         age = state["age"].to(parameter.device).expand(parameter.shape)[exchange.source]
         state["age"] = age.index_fill_(0, exchange.grown, num_steps)
+        self.note_support(parameter)
 
     def _group_of(self, parameter: torch.Tensor) -> dict[str, Any]:
         for group in self.param_groups:

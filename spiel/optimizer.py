@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from spiel.delta_layer import layer_of
+
+#: Under this name the state of deltas tells of which support it is: the sum of its indices.
+SUPPORT = "support_sum"
+
 
 class SpielOptimizer(torch.optim.Optimizer):
     """What SpIEL's optimisers share: what they optimise, the loop of a step, and the state of the
@@ -53,6 +58,13 @@ class SpielOptimizer(torch.optim.Optimizer):
     def update(self, parameters: Sequence[torch.Tensor], group: dict[str, Any]) -> None:
         """Changes the parameters by their gradients."""
         raise NotImplementedError
+
+    def note_support(self, parameter: torch.Tensor) -> None:
+        """Keeps in the state of `parameter`, if it holds deltas, of which support that state is."""
+        found = layer_of(parameter)
+        if found is not None:
+            layer, adapter = found
+            self.state[parameter][SUPPORT] = layer.spiel_indices[adapter].sum().cpu()
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = super().state_dict()

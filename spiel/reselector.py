@@ -9,6 +9,7 @@ from torch import nn
 
 from spiel.checks import (
     check_layers,
+    check_momenta,
     check_optimizer,
     check_state,
     check_unsharded,
@@ -45,7 +46,7 @@ class Reselector:
         ValueError: `total_steps` is too small for one reselection, the adapter is frozen, the
             optimizer does not have the deltas, or ranks hold parts of weights.
         TypeError: the optimizer cannot serve this growth, or `total_steps` is no integer.
-        RuntimeError: adapters are merged.
+        RuntimeError: adapters are merged, or the optimizer's state is of another support.
     """
 
     def __init__(
@@ -83,6 +84,8 @@ class Reselector:
             self.optimizer.register_step_post_hook(self._after_step),
         ]
         self._share_support()
+        self._supports: list[tuple[torch.Tensor, int]] = []
+        self._check_supports()
         deltas = [layer.spiel_deltas[self.adapter] for layer in self.layers.values()]
         #: Nothing was learned before, so the first reselection may replace everything.
         self.is_random = not any(bool(values.any()) for values in deltas)
@@ -108,6 +111,7 @@ class Reselector:
             check_state(self.optimizer, self.layers, self.adapter)
         if self.schedule.reselects(self.t):
             self._reselect()
+            self._supports = self._seen_supports()
             self._close_windows()
         if self.schedule.opens_window(self.t):
             self._open_windows()
@@ -153,6 +157,7 @@ class Reselector:
     def _before_step(self, *_: Any) -> None:
         self._steps_under_way += 1
         if self._steps_under_way == 1:
+            self._check_supports()
             self._scale = measure_scale(list(self.windows.values()))
 
     def _after_step(self, *_: Any) -> None:
@@ -175,6 +180,24 @@ class Reselector:
             broadcast_(indices)
             broadcast_(deltas)
             layer.replace_support(self.adapter, indices, deltas)
+
+    def _check_supports(self) -> None:
+        """Looks whether the optimizer's state is of these supports, if they are not the ones that
+        were here before.
+        """
+        seen, before = self._seen_supports(), self._supports
+        is_same = len(seen) == len(before) and all(
+            one[0] is other[0] and one[1] == other[1]
+            for one, other in zip(seen, before, strict=True)
+        )
+        if not is_same:
+            check_momenta(self.optimizer, self.layers, self.adapter)
+            self._supports = seen
+
+    def _seen_supports(self) -> list[tuple[torch.Tensor, int]]:
+        """Each support, and how often it was written into."""
+        supports = [layer.spiel_indices[self.adapter] for layer in self.layers.values()]
+        return [(each, 0 if each.is_inference() else each._version) for each in supports]
 
     def _check_agreement(self) -> None:
         if not is_parallel():

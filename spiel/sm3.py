@@ -63,6 +63,8 @@ class SpielSM3(SpielOptimizer):
         if group["momentum"] > 0:
             previous = state.get("momentum", torch.zeros_like(update))
             update = update.mul_(1 - group["momentum"]).add_(previous, alpha=group["momentum"])
+            if "momentum" not in state:
+                self.note_support(parameter)
             state["momentum"] = update.clone()
         parameter.sub_(update.mul_(group["lr"]))
         if group["weight_decay"]:
@@ -117,7 +119,10 @@ class SpielSM3(SpielOptimizer):
 
     @torch.no_grad()
     def reselect(self, parameter: torch.Tensor, exchange: Exchange) -> None:
-        """Moves the momentum of `parameter` to a new support, 0 for grown weights."""
+        """Moves the momentum of `parameter` to the support that its layer has now, 0 for grown
+        weights.
+        """
         state = self.state[parameter]
         if "momentum" in state:
             state["momentum"] = exchange.move(state["momentum"])
+            self.note_support(parameter)

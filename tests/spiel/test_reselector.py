@@ -1,5 +1,6 @@
 """The Reselector over a small Llama: schedule, gradients of whole steps, resuming, misuse."""
 
+import copy
 import warnings
 
 import peft
@@ -262,6 +263,24 @@ def test_a_frozen_adapter_is_refused(tmp_path):
         spiel.Reselector(frozen, spiel.SpielAdamW(frozen.parameters()), 20)
     with pytest.raises(ValueError, match=r"no parameter to train: .* is_trainable=True"):
         spiel.SpielAdamW(frozen)
+
+
+@pytest.mark.parametrize(("growth", "options"), [("ag", {}), ("ma", {"momentum": 0.5})])
+def test_an_adapter_of_another_support_does_not_get_old_momenta(growth, options, tmp_path):
+    kind = {"ag": spiel.SpielAdamW, "ma": spiel.SpielSM3}[growth]
+    model, optimizer, reselector = make(growth, lambda params, lr: kind(params, lr=lr, **options))
+    train(model, optimizer, reselector, batches(2))
+    model.save_pretrained(tmp_path)
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, reselector, batches(6))
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    with pytest.raises(RuntimeError, match=r"support of .* is another than when"):
+        train(model, optimizer, reselector, batches(1))
+    reselector.close()
+    with pytest.raises(RuntimeError, match="make a new optimizer"):
+        spiel.Reselector(model, optimizer, 20)
+    optimizer.load_state_dict(saved)
+    train(model, optimizer, spiel.Reselector(model, optimizer, 20), batches(6))
 
 
 class Derived(torch.optim.SGD):
