@@ -88,7 +88,7 @@ def present(cells: Sequence[Cell], out: Path, against: Path) -> int:
         say(console, f"not judged: {error}")
         return FAILED
     frame = pd.DataFrame([judgement.row(finding) for finding in findings])
-    notes = [judgement.NOTE, *judgement.machines(now, before)]
+    notes = [*judgement.notes(findings), *judgement.machines(now, before)]
     console.print(drawn(f"{name}: now and before", frame))
     for note in notes:
         console.print(note, markup=False, highlight=False)

@@ -24,9 +24,13 @@ NOTE = (
     "difference, paired by item and seed, lying below 0; step time or peak memory of training, as "
     f"a ratio to {BASELINE}'s with the same seed, rose by more than {COST_LIMIT:.0%} at the low "
     f"end of its 95 % interval over seeds; a size rose by more than {SIZE_LIMIT:.1%}; a cell is "
-    "not ok that was, or a measure is missing that was there. Costs are judged on the same "
-    "hardware alone, time and peak by two seeds at least."
+    "not ok that was, or was kept but is no longer run; a measure is missing that was there, or "
+    "has too few seeds left. Costs are judged on the same hardware alone, time and peak by two "
+    "seeds at least."
 )
+
+#: What `_costs` measures, and its plain name.
+COSTS = {f"step time x {BASELINE}": "time", f"train peak x {BASELINE}": "memory"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def judge(now: Sequence[Record], before: Sequence[Record]) -> list[Finding]:
     findings = []
     for method in dict.fromkeys(record.method_name for record in before):
         then, own = _ok(before, method), _ok(now, method)
-        findings.append(_cells(method, own, then))
+        findings.append(_cells(method, now, before))
         if not own or not then:
             continue
         findings += [_score(method, role, own, then) for role in ROLES if then[0].scores_of(role)]
@@ -77,9 +81,16 @@ def _hardware(records: Sequence[Record]) -> set[str]:
     return {each.environment.hardware for each in records if each.status == "ok"}
 
 
-def _cells(method: str, own: Sequence[Record], then: Sequence[Record]) -> Finding:
-    lost = {each.seed for each in then} - {each.seed for each in own}
+def _cells(method: str, now: Sequence[Record], before: Sequence[Record]) -> Finding:
+    """Worse where a seed is not ok that was, or not there that was kept."""
+    own, then = _ok(now, method), _ok(before, method)
+    lost = _seeds(then, method) - _seeds(own, method)
+    lost |= _seeds(before, method) - _seeds(now, method)
     return Finding(method, "cells ok", len(then), len(own), WORSE if lost else SAME, ".0f")
+
+
+def _seeds(records: Sequence[Record], method: str) -> set[int]:
+    return {each.seed for each in records if each.method_name == method}
 
 
 def _score(method: str, role: str, own: Sequence[Record], then: Sequence[Record]) -> Finding:
@@ -107,10 +118,7 @@ def _costs(
 ) -> list[Finding]:
     """Step time and peak memory of training beside LoRA's, by which the machine's mood cancels."""
     findings = []
-    for measure, of in {
-        "step time": report.step_seconds,
-        "train peak": report.train_peak_bytes,
-    }.items():
+    for measure, of in zip(COSTS, (report.step_seconds, report.train_peak_bytes), strict=True):
         then, own = _beside_lora(before, method, of), _beside_lora(now, method, of)
         seeds = then.keys() & own.keys()
         means = [report.mean(ratios[seed] for seed in seeds) for ratios in (then, own)]
@@ -119,7 +127,9 @@ def _costs(
             verdict = WORSE
         elif same_machine and len(seeds) > 1:
             verdict = _ratio_verdict(own, then)
-        findings.append(Finding(method, f"{measure} x {BASELINE}", *means, verdict))
+        elif same_machine and len(then) > 1:
+            verdict = WORSE
+        findings.append(Finding(method, measure, *means, verdict))
     return findings
 
 
@@ -182,6 +192,18 @@ def row(finding: Finding) -> dict[str, str]:
         "change": number(change, f"+{finding.unit}"),
         "verdict": finding.verdict,
     }
+
+
+def notes(findings: Sequence[Finding]) -> list[str]:
+    """What the verdicts mean, and which methods have costs without one."""
+    missing = []
+    for measure, name in COSTS.items():
+        methods = [
+            each.method for each in findings if each.measure == measure and each.verdict == UNJUDGED
+        ]
+        if methods:
+            missing.append(f"{name} of {', '.join(methods)}")
+    return [NOTE, f"NOT JUDGED: {'; '.join(missing)}."] if missing else [NOTE]
 
 
 def machines(now: Sequence[Record], before: Sequence[Record]) -> list[str]:

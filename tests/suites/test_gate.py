@@ -127,6 +127,20 @@ def test_without_lora_or_with_one_seed_costs_are_not_judged():
     assert found["spiel", "step time x lora"] == UNJUDGED
 
 
+def test_costs_with_too_few_seeds_left_are_worse():
+    found = verdicts(both(seeds=(0,)))
+    assert {name for (_, name), verdict in found.items() if verdict == WORSE} == {
+        "cells ok",
+        "step time x lora",
+        "train peak x lora",
+    }
+
+
+def test_a_kept_cell_that_is_no_longer_there_is_worse():
+    failed = Record.of(cell("spiel", seed=2), "oom", "no memory", record.now())
+    assert verdicts(both(), [*both(), failed])["spiel", "cells ok"] == WORSE
+
+
 def test_nothing_is_divided_by_a_peak_of_zero():
     found = verdicts(both({"train_bytes": 0}), both({"train_bytes": 0}))
     assert found["spiel", "train peak x lora"] == UNJUDGED
@@ -208,6 +222,16 @@ def test_what_was_not_run_fails(tmp_path, capsys):
     keep(tmp_path / "now", both()[:-1])
     assert command(tmp_path) == 1
     assert "not judged" in capsys.readouterr().out
+
+
+def test_one_seed_by_choice_is_said_not_to_judge_costs(tmp_path, capsys):
+    keep(tmp_path / "kept", both())
+    keep(tmp_path / "now", both(spiel={"seconds": 9.0}))
+    assert command(tmp_path, "--seeds", "0") == 0
+    said = "NOT JUDGED: time of spiel; memory of spiel."
+    assert said in capsys.readouterr().out.splitlines()
+    assert command(tmp_path) == 1
+    assert "NOT JUDGED" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
