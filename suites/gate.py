@@ -2,41 +2,48 @@
 
 Judges the records of a results folder by those of another, which was kept from an earlier run of
 the same suite: `python -m suites.run quickstart --methods lora,spiel --out results/baselines`.
+All that was kept counts, but for what `--methods` and `--seeds` leave out.
 
 Exit status: 0 if nothing got worse, 1 if something did or is missing, 2 for bad input.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from suites.methods import METHODS
 from suites.options import Parser, add_overrides, cells_parser
-from suites.plan import Cell, plan, safe_name
+from suites.plan import Cell, plan, records_folder, safe_name
 from suites.run import FAILED, selected
+from suites.suite import Suite
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from suites.record import Record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     arguments = parser.parse_args(argv)
     try:
-        cells = plan(*selected(arguments))
-        kept = kept_cells(cells, arguments.against, arguments.methods is not None)
-        kept = with_baseline(kept, arguments.against)
+        suite, kept = chosen(arguments)
     except ValueError as error:
         parser.error(str(error))
-    return present(kept, arguments.out, arguments.against)
+    return present(suite, kept, arguments.out, arguments.against)
 
 
 def make_parser() -> Parser:
     parser = cells_parser(
         "python -m suites.gate",
         "Fails when a method got worse, slower or larger than it was in a kept run.",
+        methods="all that were kept",
+        seeds="all that were kept",
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="results to judge")
@@ -46,42 +53,92 @@ def make_parser() -> Parser:
     return parser
 
 
-def kept_cells(cells: Sequence[Cell], against: Path, all_methods: bool) -> list[Cell]:
-    """Those of `cells` with a record in `against`.
+def chosen(arguments: argparse.Namespace) -> tuple[Suite, list[Record]]:
+    """The suite, and those of its kept records to judge by.
 
-    Raises ValueError if there are none or, if `all_methods`, of one of the methods.
+    Raises ValueError if they have no ok one of a method, or if a file is no record.
     """
-    kept = [cell for cell in cells if cell.record_path(against).exists()]
-    with_baseline = {cell.method for cell in kept}
-    lacking = [m for m in dict.fromkeys(cell.method for cell in cells) if m not in with_baseline]
-    if not kept or (all_methods and lacking):
-        folder = cells[0].record_path(against).parent
-        raise ValueError(f"no records of {', '.join(lacking)} to judge by in {folder}")
-    return kept
+    suite, methods, seeds = selected(arguments)
+    plan(suite, methods, seeds)  # names what the suite does not have
+    folder = records_folder(suite, arguments.against)
+    records = kept_records(folder)
+    if arguments.seeds is not None:
+        records = [each for each in records if each.seed in seeds]
+    kept = [each for each in records if arguments.methods is None or each.method_name in methods]
+    wanted = dict.fromkeys(each.method_name for each in kept)
+    if arguments.methods is not None or not kept:
+        wanted = dict.fromkeys(methods)
+    lacking = wanted.keys() - {each.method_name for each in kept if each.status == "ok"}
+    if lacking:
+        names = ", ".join(name for name in wanted if name in lacking)
+        raise ValueError(f"no ok records of {names} to judge by in {folder}")
+    return suite, with_baseline(suite, kept, records)
 
 
-def with_baseline(kept: Sequence[Cell], against: Path) -> list[Cell]:
-    """`kept`, and those of the method to whose costs all others' are ratios."""
+def kept_records(folder: Path) -> list[Record]:
+    """All in `folder`, method by method."""
+    from suites.record import read
+
+    ranks = {name: rank for rank, name in enumerate(METHODS)}
+    return sorted(
+        map(read, folder.glob("*.json")),
+        key=lambda each: (ranks.get(each.method_name, len(ranks)), each.method_name, each.seed),
+    )
+
+
+def with_baseline(suite: Suite, kept: list[Record], records: Sequence[Record]) -> list[Record]:
+    """`kept`, and from `records` the method to whose costs all others' are ratios."""
     from suites.report import BASELINE
 
-    suite = kept[0].suite
-    if BASELINE in {cell.method for cell in kept} or BASELINE not in suite.tunings:
-        return list(kept)
-    beside = plan(suite, [BASELINE], dict.fromkeys(cell.seed for cell in kept))
-    return [*kept, *(cell for cell in beside if cell.record_path(against).exists())]
+    if BASELINE in {each.method_name for each in kept} or BASELINE not in suite.tunings:
+        return kept
+    seeds = {each.seed for each in kept}
+    beside = [each for each in records if each.method_name == BASELINE and each.seed in seeds]
+    return [*kept, *beside]
 
 
-def present(cells: Sequence[Cell], out: Path, against: Path) -> int:
+def divided(
+    suite: Suite, kept: Sequence[Record], out: Path, against: Path
+) -> tuple[list[Cell], list[Record]]:
+    """The cells that `kept` are of, and those records whose cell is no longer run."""
+    from suites.table import is_locked
+
+    cells, gone = {}, []
+    for each in kept:
+        with contextlib.suppress(ValueError):  # the suite has this method no more
+            (cell,) = plan(suite, [each.method_name], [each.seed])
+            is_run = cell.record_path(out).exists() or is_locked(cell.lock_path(out))
+            if is_run and cell.record_path(against).exists():
+                cells[each.method_name, each.seed] = cell
+                continue
+        gone.append(each)
+    return list(cells.values()), gone
+
+
+def loaded(
+    suite: Suite, kept: Sequence[Record], out: Path, against: Path
+) -> tuple[list[Record], list[Record], list[str]]:
+    """The records now and before, and a line for each that is no longer run or cannot be judged."""
+    from suites.table import load
+
+    cells, gone = divided(suite, kept, out, against)
+    (now, problems), (before, kept_problems) = load(cells, out), load(cells, against)
+    lines = [f"{each.method_name} seed {each.seed}: kept, but no longer run" for each in gone]
+    lines += [f"not judged: {problem}" for problem in problems + kept_problems]
+    return now, [*before, *gone], lines
+
+
+def present(suite: Suite, kept: Sequence[Record], out: Path, against: Path) -> int:
     """Prints what changed, writes it beside the tables; 1 if something got worse or is missing."""
     import pandas as pd
 
     from suites import judgement
-    from suites.table import drawn, load, make_console, say
+    from suites.table import drawn, make_console, say
 
-    console, name = make_console(), cells[0].suite.name
-    (now, problems), (before, kept_problems) = load(cells, out), load(cells, against)
-    for problem in [*problems, *kept_problems]:
-        say(console, f"not judged: {problem}")
+    console, name = make_console(), suite.name
+    now, before, problems = loaded(suite, kept, out, against)
+    for problem in problems:
+        say(console, problem)
     try:
         findings = judgement.judge(now, before)
     except judgement.MixedRecordsError as error:
@@ -96,12 +153,12 @@ def present(cells: Sequence[Cell], out: Path, against: Path) -> int:
     say(console, f"{num_worse} of {len(findings)} measures got worse")
     path = out / "tables" / f"{safe_name(name)}-gate.md"
     try:
-        write(frame, notes, name, path)
+        write(frame, [*problems, *notes], name, path)
     except OSError as error:
         say(console, f"{path} cannot be written: {error}")
         return FAILED
     say(console, f"written to {path}")
-    return FAILED if num_worse or problems or kept_problems else 0
+    return FAILED if num_worse or problems else 0
 
 
 def write(frame: pd.DataFrame, notes: Sequence[str], name: str, path: Path) -> None:

@@ -46,14 +46,19 @@ def make_parser() -> Parser:
     return parser
 
 
-def cells_parser(prog: str, description: str) -> Parser:
-    """A parser of what names the cells of a suite."""
+def cells_parser(
+    prog: str,
+    description: str,
+    methods: str = "all the suite has tuned",
+    seeds: str = "the suite's",
+) -> Parser:
+    """A parser of what names the cells of a suite; `methods` and `seeds` say which are default."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
     add = parser.add_argument
     names = ", ".join(SUITES)
     add("suite", nargs="?", help=f"one of: {names}; or a path to a file that defines SUITE")
-    add("--methods", metavar="A,B", help="methods by name (default: all the suite has tuned)")
-    add("--seeds", metavar="0,1,2", help="seeds (default: the suite's)")
+    add("--methods", metavar="A,B", help=f"methods by name (default: {methods})")
+    add("--seeds", metavar="0,1,2", help=f"seeds (default: {seeds})")
     return parser
 
 

@@ -190,10 +190,10 @@ def keep(out, records):
         record.write(each, of.record_path(out))
 
 
-def command(folder, *more):
+def command(folder, *more, **changes):
     from suites.catalog import SUITES
 
-    SUITES["small"] = small_suite()
+    SUITES["small"] = small_suite(**changes)
     try:
         where = ["--out", str(folder / "now"), "--against", str(folder / "kept")]
         return gate.main(["small", *where, *more])
@@ -221,7 +221,50 @@ def test_what_was_not_run_fails(tmp_path, capsys):
     keep(tmp_path / "kept", both())
     keep(tmp_path / "now", both()[:-1])
     assert command(tmp_path) == 1
-    assert "not judged" in capsys.readouterr().out
+    said = "spiel seed 1: kept, but no longer run"
+    assert said in capsys.readouterr().out.splitlines()
+    assert said in (tmp_path / "now" / "tables" / "small-gate.md").read_text().splitlines()
+
+
+def test_a_damaged_record_fails(tmp_path, capsys):
+    keep(tmp_path / "kept", both())
+    keep(tmp_path / "now", both())
+    damaged = cell("spiel", seed=1).record_path(tmp_path / "now")
+    damaged.write_text("{")
+    assert command(tmp_path) == 1
+    assert f"not judged: {damaged}" in capsys.readouterr().out
+
+
+def test_a_method_that_the_suite_lost_fails(tmp_path, capsys):
+    keep(tmp_path / "kept", both())
+    keep(tmp_path / "now", both())
+    tunings = {"lora": small_suite().tunings["lora"]}
+    assert command(tmp_path, tunings=tunings) == 1
+    printed = capsys.readouterr().out
+    assert "spiel seed 0: kept, but no longer run" in printed
+    assert "lora seed 0" not in printed
+    assert command(tmp_path, "--methods", "lora", tunings=tunings) == 0
+
+
+def test_seeds_that_the_suite_lost_fail(tmp_path, capsys):
+    keep(tmp_path / "kept", both(seeds=(0, 1, 2)))
+    keep(tmp_path / "now", both(seeds=(0,)))
+    assert command(tmp_path, seeds=(0,)) == 1
+    printed = capsys.readouterr().out
+    assert "lora seed 2: kept, but no longer run" in printed
+    assert "4 of 14 measures got worse" in printed
+
+
+def test_what_was_kept_beside_the_suites_own_is_judged(tmp_path, capsys):
+    (extra,) = plan(small_suite(), ["lora-bf16"], [7])
+    for folder, seconds in {"kept": 0.1, "now": 0.2}.items():
+        keep(tmp_path / folder, both(seeds=(0, 1, 7)))
+        record.write(finished(extra, seconds=seconds), extra.record_path(tmp_path / folder))
+    assert command(tmp_path) == 0
+    assert "NOT JUDGED: time of lora-bf16; memory of lora-bf16." in capsys.readouterr().out
+    extra.record_path(tmp_path / "now").unlink()
+    assert command(tmp_path) == 1
+    assert "lora-bf16 seed 7: kept, but no longer run" in capsys.readouterr().out
 
 
 def test_one_seed_by_choice_is_said_not_to_judge_costs(tmp_path, capsys):
@@ -234,10 +277,31 @@ def test_one_seed_by_choice_is_said_not_to_judge_costs(tmp_path, capsys):
     assert "NOT JUDGED" not in capsys.readouterr().out
 
 
+def test_a_kept_method_without_an_ok_cell_is_bad_input(tmp_path, capsys):
+    failed = [Record.of(cell("spiel", seed=s), "failed", "why", record.now()) for s in (0, 1)]
+    keep(tmp_path / "kept", [*both()[:2], *failed])
+    keep(tmp_path / "now", both())
+    with pytest.raises(SystemExit) as ended:
+        command(tmp_path)
+    assert ended.value.code == 2
+    assert "no ok records of spiel to judge by" in capsys.readouterr().err
+    assert command(tmp_path, "--methods", "lora") == 0
+
+
+def test_a_kept_file_that_is_no_record_is_bad_input(tmp_path, capsys):
+    keep(tmp_path / "kept", both())
+    damaged = cell("spiel", seed=1).record_path(tmp_path / "kept")
+    damaged.write_text("{")
+    with pytest.raises(SystemExit) as ended:
+        command(tmp_path)
+    assert ended.value.code == 2
+    assert f"{damaged}: not readable as JSON" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "no records of base, full, lora, spiel to judge by in"),
+        ([], "no ok records of base, full, lora, spiel to judge by in"),
         (["--methods", "spiel,lorra"], "unknown method 'lorra'; choose from lora"),
         (["--seeds", "x"], "--seeds: 'x'"),
         (["--agianst", "x"], "unknown argument '--agianst'; choose from --against"),
@@ -254,4 +318,4 @@ def test_a_method_asked_for_must_have_been_kept(tmp_path, capsys):
     keep(tmp_path / "kept", both())
     with pytest.raises(SystemExit):
         command(tmp_path, "--methods", "lora,full")
-    assert "no records of full to judge by" in capsys.readouterr().err
+    assert "no ok records of full to judge by" in capsys.readouterr().err
