@@ -32,15 +32,30 @@ def present(cells: Sequence[Cell], out: Path) -> int:
     except MixedRecordsError as error:
         say(console, f"no curves: {error}")
         return 1
-    found = curves([record for record in records if record.status == "ok"])
-    if found.empty:
-        return 1
+    found = curves(records)
     suite = cells[0].suite
-    console.print(drawn(f"{suite.name}: grids on dev", words(found)))
+    if not found.empty:
+        console.print(drawn(f"{suite.name}: grids on dev", words(found)))
+    for line in unpicked(found):
+        say(console, line)
+    if found.empty or not found["num_ok"].any():
+        return 1
     say(console, f"records: {records_folder(suite, out, 'dev')}")
     paths = write(found, suite, out)
     say(console, f"grids:   {', '.join(str(path) for path in paths)}")
     return 1 if problems or failed else 0
+
+
+def unpicked(found: pd.DataFrame) -> list[str]:
+    """A line for each method without a pick, saying why."""
+    if found.empty:
+        return []
+    lines = []
+    for method, own in found.groupby("method", sort=False):
+        if not own["picked"].any():
+            why = "none is ok with every seed" if own["num_ok"].any() else "all its trials failed"
+            lines.append(f"{method}: no tuning is picked, as {why}")
+    return lines
 
 
 def write(found: pd.DataFrame, suite: Suite, out: Path) -> list[Path]:
@@ -81,9 +96,9 @@ def draw(found: pd.DataFrame, name: str, path: Path) -> None:
 
 
 def picks(cells: Sequence[Cell], out: Path) -> dict[str, Tuning]:
-    """Method -> the tuning that its trials `cells` pick; a method without a good trial has none."""
+    """Method -> the tuning that its trials `cells` pick; without an eligible one, none."""
     records, _ = load(cells, out)
-    found = curves([record for record in records if record.status == "ok"])
+    found = curves(records)
     return {
         row["method"]: Tuning(row["lr"], row["weight_decay"])
         for row in found.to_dict("records")
@@ -96,21 +111,33 @@ def curves(records: Sequence[Record]) -> pd.DataFrame:
 
     Picked is the smallest learning rate whose mean target is within one standard error of the
     method's best (the one-standard-error rule: Breiman et al., 1984, section 3.4.3): of values
-    that dev cannot tell apart, the one that changes the model least. `at_edge` says that the
-    method's grid of learning rates ends there, so that a better one may lie outside.
+    that dev cannot tell apart, the one that changes the model least. Only tunings that are ok with
+    every seed are eligible, as a mean over the seeds that happened not to diverge flatters.
+    `at_edge` says that the method's grid of learning rates
+    ends there, so that a better one may lie outside.
     """
     groups: dict[tuple[str, float, float], list[Record]] = {}
     for record in records:
         key = (record.method_name, record.tuning["lr"], record.tuning["weight_decay"])
         groups.setdefault(key, []).append(record)
-    rows: list[dict[str, Any]] = [
-        {"method": method, "lr": lr, "weight_decay": weight_decay, "num_seeds": len(own)}
-        | columns("target", role_means(own, "target"))
-        | {"target_se": stats.estimate(role_means(own, "target")).standard_error}
-        | columns("retention", role_means(own, "retention"))
+    rows = [
+        {"method": method, "lr": lr, "weight_decay": weight_decay} | outcome(own)
         for (method, lr, weight_decay), own in groups.items()
     ]
     return pd.DataFrame([row | verdict(row, rows) for row in rows])
+
+
+def outcome(records: Sequence[Record]) -> dict[str, Any]:
+    """What one tuning reached with its seeds, by those that are ok."""
+    ok = [record for record in records if record.status == "ok"]
+    targets = role_means(ok, "target")
+    return {
+        "num_seeds": len(records),
+        "num_ok": len(ok),
+        **columns("target", targets),
+        "target_se": stats.estimate(targets).standard_error if targets else None,
+        **columns("retention", role_means(ok, "retention")),
+    }
 
 
 def verdict(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, bool]:
@@ -123,26 +150,39 @@ def verdict(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, bo
     }
 
 
-def pick(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of one method's rows the one to train with."""
+def pick(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of one method's rows the one to train with; None if none is eligible."""
+    rows = [row for row in rows if eligible(row)]
+    if not rows:
+        return None
     best = max(rows, key=lambda row: row["target"])
     floor = best["target"] - (best["target_se"] or 0.0)
     close = [row for row in rows if row["target"] >= floor]
     return min(close, key=lambda row: (row["lr"], -row["target"]))
 
 
+def eligible(row: dict[str, Any]) -> bool:
+    return row["num_ok"] == row["num_seeds"]
+
+
 def words(found: pd.DataFrame) -> pd.DataFrame:
     """The curves as printed."""
-    marks = {(True, True): "picked, at edge", (True, False): "picked"}
     return pd.DataFrame(
         {
             "method": row["method"],
             "lr": f"{row['lr']:g}",
             "decay": f"{row['weight_decay']:g}",
-            "seeds": str(row["num_seeds"]),
+            "seeds": f"{row['num_ok']}/{row['num_seeds']}",
             "dev target ± 95 %": spread(row, "target", ".3f"),
             "dev retention ± 95 %": spread(row, "retention", ".3f"),
-            "": marks.get((row["picked"], row["at_edge"]), ""),
+            "": mark(row),
         }
         for row in found.to_dict("records")
     )
+
+
+def mark(row: dict[str, Any]) -> str:
+    if not eligible(row):
+        return "not eligible"
+    marks = {(True, True): "picked, at edge", (True, False): "picked"}
+    return marks.get((row["picked"], row["at_edge"]), "")

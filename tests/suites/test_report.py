@@ -246,6 +246,42 @@ def test_search_writes_its_curves(tmp_path, capsys):
     assert search.picks([of for of, _ in trials], tmp_path) == {"lora": Tuning(1e-4)}
 
 
+def diverged(lr, seed):
+    of, _ = trial(lr, seed, 0.0)
+    return of, Record.of(of, "diverged", "the loss is nan at step 3", record.now())
+
+
+def grid(out, *trials):
+    write_all([found for _, found in trials], [of for of, _ in trials], out)
+    return [of for of, _ in trials]
+
+
+def test_search_picks_no_tuning_that_diverged_with_a_seed(tmp_path, capsys):
+    good = [trial(1e-3, seed, 0.5) for seed in (0, 1)]
+    cells = grid(tmp_path, *good, trial(1e-2, 0, 0.9), diverged(1e-2, 1))
+    assert search.present(cells, tmp_path) == 1
+    assert "not eligible" in capsys.readouterr().out
+    curves = pd.read_csv(tmp_path / "grids" / "small.csv")
+    assert curves["num_ok"].tolist() == [2, 1]
+    assert curves["picked"].tolist() == [True, False]
+    assert search.picks(cells, tmp_path) == {"lora": Tuning(1e-3)}
+
+
+def test_search_says_why_it_picks_nothing(tmp_path, capsys):
+    cells = grid(tmp_path, diverged(1e-3, 0), diverged(1e-3, 1))
+    assert search.present(cells, tmp_path) == 1
+    assert "lora: no tuning is picked, as all its trials failed" in capsys.readouterr().out
+    assert not (tmp_path / "grids").exists()
+    cells = grid(tmp_path, trial(1e-3, 0, 0.5), diverged(1e-3, 1))
+    assert search.present(cells, tmp_path) == 1
+    assert "lora: no tuning is picked, as none is ok with every seed" in capsys.readouterr().out
+    assert search.picks(cells, tmp_path) == {}
+    full = trial(1e-3, 0, 0.5, "full")
+    cells = grid(tmp_path, diverged(1e-3, 0), full)  # a method without a score is drawn too
+    assert search.present(cells, tmp_path) == 1
+    assert search.picks(cells, tmp_path) == {"full": Tuning(1e-3)}
+
+
 def test_search_draws_its_curves(tmp_path):
     pytest.importorskip("matplotlib")
     trials = [trial(lr, seed, 0.5 + lr)[1] for lr in (1e-4, 1e-3, 1e-2) for seed in (0, 1)]
