@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from suites.table import drawn, load, make_console, say, spread
 
 
 def present(cells: Sequence[Cell], out: Path) -> int:
-    """Prints and writes the curves of `cells`; 0 if all of them are ok and comparable, else 1."""
+    """Prints and writes the curves of `cells`; 0 if all of them are ok and comparable, else 1.
+
+    Writes none while trials are not done, which would take the place of a whole grid.
+    """
     console = make_console()
     records, problems = load(cells, out)
     for problem in problems:
@@ -32,29 +36,41 @@ def present(cells: Sequence[Cell], out: Path) -> int:
     except MixedRecordsError as error:
         say(console, f"no curves: {error}")
         return 1
-    found = curves(records)
+    left = not_done(cells, records)
+    found = curves(records, left)
     suite = cells[0].suite
     if not found.empty:
         console.print(drawn(f"{suite.name}: grids on dev", words(found)))
-    for line in unpicked(found):
+    for line in unpicked(cells, found, left):
         say(console, line)
-    if found.empty or not found["num_ok"].any():
-        return 1
     say(console, f"records: {records_folder(suite, out, 'dev')}")
+    if left or not found["num_ok"].any():
+        why = "trials are not done" if left else "all trials failed"
+        say(console, f"grids:   not written, as {why}")
+        return 1
     paths = write(found, suite, out)
     say(console, f"grids:   {', '.join(str(path) for path in paths)}")
-    return 1 if problems or failed else 0
+    return 1 if failed else 0
 
 
-def unpicked(found: pd.DataFrame) -> list[str]:
+def not_done(cells: Sequence[Cell], records: Sequence[Record]) -> Mapping[str, int]:
+    """Method -> how many of its trials `cells` have no outcome among `records`, if any."""
+    done = {record.cell_hash for record in records if record.status != "interrupted"}
+    return Counter(cell.method for cell in cells if cell.hash not in done)
+
+
+def unpicked(cells: Sequence[Cell], found: pd.DataFrame, left: Mapping[str, int]) -> list[str]:
     """A line for each method without a pick, saying why."""
-    if found.empty:
-        return []
     lines = []
-    for method, own in found.groupby("method", sort=False):
-        if not own["picked"].any():
+    for method, num_trials in Counter(cell.method for cell in cells).items():
+        if method in left:
+            why = f"trials are not done ({left[method]} of {num_trials})"
+        else:
+            own = found[found["method"] == method]
+            if own["picked"].any():
+                continue
             why = "none is ok with every seed" if own["num_ok"].any() else "all its trials failed"
-            lines.append(f"{method}: no tuning is picked, as {why}")
+        lines.append(f"{method}: no tuning is picked, as {why}")
     return lines
 
 
@@ -96,9 +112,12 @@ def draw(found: pd.DataFrame, name: str, path: Path) -> None:
 
 
 def picks(cells: Sequence[Cell], out: Path) -> dict[str, Tuning]:
-    """Method -> the tuning that its trials `cells` pick; without an eligible one, none."""
+    """Method -> the tuning that its trials `cells` pick.
+
+    A method with a trial that is not done has none, nor has one without an eligible tuning.
+    """
     records, _ = load(cells, out)
-    found = curves(records)
+    found = curves(records, not_done(cells, records))
     return {
         row["method"]: Tuning(row["lr"], row["weight_decay"])
         for row in found.to_dict("records")
@@ -106,14 +125,14 @@ def picks(cells: Sequence[Cell], out: Path) -> dict[str, Tuning]:
     }
 
 
-def curves(records: Sequence[Record]) -> pd.DataFrame:
+def curves(records: Sequence[Record], left: Collection[str] = ()) -> pd.DataFrame:
     """One row a method and tuning: target and retention over the seeds, and whether it is picked.
 
     Picked is the smallest learning rate whose mean target is within one standard error of the
     method's best (the one-standard-error rule: Breiman et al., 1984, section 3.4.3): of values
     that dev cannot tell apart, the one that changes the model least. Only tunings that are ok with
-    every seed are eligible, as a mean over the seeds that happened not to diverge flatters.
-    `at_edge` says that the method's grid of learning rates
+    every seed are eligible, as a mean over the seeds that happened not to diverge flatters; of the
+    methods in `left` nothing is picked. `at_edge` says that the method's grid of learning rates
     ends there, so that a better one may lie outside.
     """
     groups: dict[tuple[str, float, float], list[Record]] = {}
@@ -124,7 +143,7 @@ def curves(records: Sequence[Record]) -> pd.DataFrame:
         {"method": method, "lr": lr, "weight_decay": weight_decay} | outcome(own)
         for (method, lr, weight_decay), own in groups.items()
     ]
-    return pd.DataFrame([row | verdict(row, rows) for row in rows])
+    return pd.DataFrame([row | verdict(row, rows, left) for row in rows])
 
 
 def outcome(records: Sequence[Record]) -> dict[str, Any]:
@@ -140,12 +159,14 @@ def outcome(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def verdict(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, bool]:
+def verdict(
+    row: dict[str, Any], rows: Sequence[dict[str, Any]], left: Collection[str]
+) -> dict[str, bool]:
     """Whether `row` is its method's pick, and whether it lies at an edge of its grid."""
     own = [other for other in rows if other["method"] == row["method"]]
     rates = [other["lr"] for other in own]
     return {
-        "picked": row is pick(own),
+        "picked": row["method"] not in left and row is pick(own),
         "at_edge": row["lr"] in (min(rates), max(rates)),
     }
 

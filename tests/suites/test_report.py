@@ -6,6 +6,7 @@ import re
 
 import pandas as pd
 import pytest
+from filelock import FileLock
 from rich.console import Console
 
 from suites import catalog, documents, record, report, search, table
@@ -265,6 +266,31 @@ def test_search_picks_no_tuning_that_diverged_with_a_seed(tmp_path, capsys):
     assert curves["num_ok"].tolist() == [2, 1]
     assert curves["picked"].tolist() == [True, False]
     assert search.picks(cells, tmp_path) == {"lora": Tuning(1e-3)}
+
+
+@pytest.mark.parametrize("lack", ["missing", "damaged", "in work", "interrupted"])
+def test_search_picks_nothing_while_a_trial_is_not_done(tmp_path, capsys, lack):
+    lora = [trial(lr, 0, 0.5) for lr in (1e-4, 1e-3)]
+    cells = grid(tmp_path, *lora, trial(1e-3, 0, 0.5, "full"))
+    assert search.present(cells, tmp_path) == 0
+    whole = (tmp_path / "grids" / "small.csv").read_text()
+    path, lock = cells[0].record_path(tmp_path), FileLock(cells[0].lock_path(tmp_path))
+    path.unlink()
+    if lack == "damaged":
+        path.write_text("{")
+    elif lack == "interrupted":
+        record.write(Record.of(cells[0], "interrupted", "stopped", record.now()), path)
+    elif lack == "in work":
+        cells[0].lock_path(tmp_path).parent.mkdir(parents=True)
+        lock.acquire()
+    capsys.readouterr()
+    assert search.present(cells, tmp_path) == 1
+    assert search.picks(cells, tmp_path) == {"full": Tuning(1e-3)}
+    lock.release()
+    printed = capsys.readouterr().out.splitlines()
+    assert "lora: no tuning is picked, as trials are not done (1 of 2)" in printed
+    assert "grids:   not written, as trials are not done" in printed
+    assert (tmp_path / "grids" / "small.csv").read_text() == whole
 
 
 def test_search_says_why_it_picks_nothing(tmp_path, capsys):

@@ -13,7 +13,7 @@ from suites import children, messages, record, run, runner, workers
 from suites.distributed import Rank
 from suites.embedded import default_cache_dir
 from suites.methods import METHODS
-from suites.plan import Execution, plan
+from suites.plan import Execution, plan, plan_search
 from suites.progress import LineProgress
 from tests.suites.arena import BROKEN, cell, finished, small_suite
 
@@ -165,6 +165,19 @@ def test_search_runs_its_picks(arena, tmp_path, capsys):
     assert "quality" in printed
     assert command("--search-only", *arguments, out=tmp_path) == 0
     assert "quality" not in capsys.readouterr().out
+
+
+def test_search_goes_on_without_a_method_whose_trials_are_not_done(arena, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(runner, "run", lambda cells, *_: ran.extend(cells))
+    trials = plan_search(small_suite(), ["full", "lora"], [0])
+    for each in trials[:-1]:
+        record.write(finished(each), each.record_path(tmp_path))
+    assert command("--search", "--methods", "full,lora", "--seeds", "0", out=tmp_path) == 1
+    assert [(each.method, each.split) for each in ran] == [("lora", "dev"), ("full", "test")]
+    ran.clear()
+    assert command("--search", "--methods", "lora", "--seeds", "0", out=tmp_path) == 1
+    assert [(each.method, each.split) for each in ran] == [("lora", "dev")]
 
 
 def test_what_is_not_ok_or_not_the_same_is_run_again(tmp_path):
