@@ -40,6 +40,11 @@ class Budget:
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.density is not None and self.density >= 1:
             raise ValueError(f"density must be below 1, got {self.density}")
+        if isinstance(self.target_modules, str):
+            raise ValueError(
+                f"target_modules is the string {self.target_modules!r}; allowed: a tuple or list "
+                f"of names, as ({self.target_modules!r},)"
+            )
         if not self.target_modules:
             raise ValueError("target_modules is empty")
 

@@ -48,6 +48,10 @@ def test_what_is_no_budget_is_named_with_what_is(text):
         ({"num_trainable": -1}, "num_trainable must be positive, got -1"),
         ({"density": 1.0}, "density must be below 1, got 1.0"),
         ({"lora_rank": 1, "target_modules": ()}, "target_modules is empty"),
+        (
+            {"lora_rank": 1, "target_modules": ("q_proj")},  # the comma was forgotten
+            r"the string 'q_proj'; allowed: a tuple or list of names, as \('q_proj',\)",
+        ),
     ],
 )
 def test_bad_values_are_named(values, message):
