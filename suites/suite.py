@@ -88,6 +88,12 @@ class Suite:
             names = [task.name for task in self.tasks if task.split == split]
             require(len(set(names)) == len(names), f"{self.name}: a {split} task stands twice")
         require(len(self.seeds) > 0, f"{self.name}: no seeds")
+        require(
+            all(type(seed) is int and 0 <= seed < 2**32 for seed in self.seeds)
+            and len(set(self.seeds)) == len(self.seeds),
+            f"{self.name}: seeds are {self.seeds}; allowed: whole numbers from 0 to 2**32 - 1, "
+            "each once",
+        )
         require(self.limit is None or self.limit > 0, f"limit must be positive, got {self.limit}")
         require(
             self.eval_batch_size > 0,
