@@ -84,6 +84,11 @@ class Suite:
             bool(targets) or (not self.tasks and self.data.path == RANDOM_TOKENS),
             f"{self.name}: no target task",
         )
+        for method, tuning in self.tunings.items():
+            _require_tuning(f"{self.name}: tunings[{method!r}]", tuning)
+        for method, grid in self.grids.items():
+            for number, tuning in enumerate(grid):
+                _require_tuning(f"{self.name}: grids[{method!r}][{number}]", tuning)
         for split in SPLITS:
             names = [task.name for task in self.tasks if task.split == split]
             require(len(set(names)) == len(names), f"{self.name}: a {split} task stands twice")
@@ -120,6 +125,11 @@ class Suite:
         for name in ("seeds", "tunings", "grids", "description", "cpu_note"):
             del values[name]
         return short_hash(values)
+
+
+def _require_tuning(what: str, value: Any) -> None:
+    allowed = "a Tuning, as Tuning(lr=1e-4, weight_decay=0.0)"
+    require(isinstance(value, Tuning), f"{what} is {value!r}; allowed: {allowed}")
 
 
 def placed(suite: Suite, world: Path | None) -> Suite:

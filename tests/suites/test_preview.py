@@ -6,7 +6,6 @@ import pytest
 
 from suites import catalog, preview, record, run
 from suites.estimate import activation_bytes, estimate, meta_model, seconds
-from suites.methods import METHODS
 from suites.plan import Execution, plan
 from suites.shapes import SHAPES
 from suites.sources import ModelSource
@@ -40,7 +39,7 @@ def test_weights_are_those_that_are_trained(method, world_folder):
     from suites.models import load_model
     from suites.suite import placed
 
-    of = cell(method, suite=small_suite(tunings=dict.fromkeys(METHODS)))
+    of = cell(method)
     model = load_model(placed(of.suite, world_folder).model, "cpu")
     contestant = of.entry.load().prepare(model, of.suite.budget, 3)
     assert estimate(of, Execution()).num_trainable == contestant.num_trainable
@@ -48,7 +47,7 @@ def test_weights_are_those_that_are_trained(method, world_folder):
 
 def test_many_methods_are_estimated_as_each_alone():
     names = ["base", "full", "lora", "dora", "spiel", "prefix"]
-    cells = [cell(name, suite=small_suite(tunings=dict.fromkeys(METHODS))) for name in names]
+    cells = [cell(name) for name in names]
     assert len(cells) > preview.FEW
     found = preview._estimates(cells, Execution())
     assert list(found) == names

@@ -68,6 +68,14 @@ def test_budget_is_rank_times_the_sides_of_its_targets():
         (lambda: small_suite(seeds=(0, 0, 0)), r"seeds are \(0, 0, 0\); allowed: .* each once"),
         (lambda: small_suite(seeds=(0, 0.5)), r"seeds are \(0, 0.5\); allowed: whole numbers"),
         (lambda: small_suite(seeds=(-1,)), r"seeds are \(-1,\); allowed: whole numbers from 0"),
+        (
+            lambda: small_suite(tunings={"lora": 1e-3}),
+            r"tunings\['lora'\] is 0.001; allowed: a Tuning, as Tuning\(lr=",
+        ),
+        (
+            lambda: small_suite(grids={"lora": (Tuning(1e-3), 1e-4)}),
+            r"grids\['lora'\]\[1\] is 0.0001; allowed: a Tuning",
+        ),
         (lambda: small_suite(limit=0), "limit must be positive, got 0"),
         (lambda: small_suite(eval_batch_size=0), "eval_batch_size must be positive, got 0"),
     ],
