@@ -21,6 +21,18 @@ from suites.world import World
 WORLD = "{world}"
 
 
+#: Learning rate schedules of transformers that need no more than a recipe has.
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How every method of a suite is trained: what is here is the same for all of them."""
@@ -38,6 +50,10 @@ class Recipe:
         for name in ("num_steps", "batch_size", "gradient_accumulation_steps"):
             value = getattr(self, name)
             require(value > 0, f"{name} must be positive, got {value}")
+        require(
+            self.lr_scheduler_type in SCHEDULES,
+            f"lr_scheduler_type {self.lr_scheduler_type!r} is not one of {', '.join(SCHEDULES)}",
+        )
         require(0 <= self.warmup_ratio < 1, f"warmup_ratio {self.warmup_ratio} is not in [0, 1)")
 
 

@@ -8,6 +8,7 @@ import torch
 
 from suites.methods import METHODS
 from suites.suite import (
+    SCHEDULES,
     Budget,
     DataSource,
     ModelSource,
@@ -59,6 +60,10 @@ def test_budget_is_rank_times_the_sides_of_its_targets():
         (lambda: Task("t", "acc,none", "goal"), "role 'goal' is unknown"),
         (lambda: Task("t", "acc,none", "target", split="train"), "'train' is not one of dev, test"),
         (lambda: Recipe(num_steps=0, batch_size=1), "num_steps must be positive, got 0"),
+        (
+            lambda: Recipe(1, 1, lr_scheduler_type="cosin"),
+            "lr_scheduler_type 'cosin' is not one of linear, cosine, ",
+        ),
         (lambda: Recipe(1, 1, warmup_ratio=1.0), r"warmup_ratio 1.0 is not in \[0, 1\)"),
         (lambda: Budget(0, ("q_proj",)), "lora_rank must be positive, got 0"),
         (lambda: Budget(1, ()), "target_modules is empty"),
@@ -83,6 +88,21 @@ def test_budget_is_rank_times_the_sides_of_its_targets():
 def test_bad_values_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_schedules_are_those_of_transformers_that_a_recipe_suffices_for():
+    from transformers import SchedulerType, get_scheduler
+    from transformers.optimization import LambdaLR
+
+    def suffices(kind):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+        try:
+            made = get_scheduler(kind, optimizer, num_warmup_steps=1, num_training_steps=3)
+        except (TypeError, ValueError):
+            return False
+        return isinstance(made, LambdaLR)  # others follow the metrics of evaluations on the way
+
+    assert tuple(kind.value for kind in SchedulerType if suffices(kind)) == SCHEDULES
 
 
 @pytest.mark.parametrize("name", METHODS)
