@@ -48,7 +48,7 @@ class Cell:
         entry = dataclasses.asdict(self.entry)
         del entry["description"]
         values = [self.suite.hash, self.method, entry, tuning, self.seed, self.split]
-        local = fingerprint(self.suite.model, self.suite.data)
+        local = fingerprint(self.suite)
         return short_hash([*values, local] if local else values)
 
     @property

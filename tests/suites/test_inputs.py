@@ -1,0 +1,103 @@
+"""Local files that a cell reads make its hash; others, and the embedded world's, do not."""
+
+import os
+
+import pytest
+
+from suites.inputs import fingerprint
+from suites.suite import DataSource, ModelSource
+from tests.suites.arena import cell, small_suite
+
+YAML = """\
+task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+process_results: !function marks.mark
+doc_to_text: "{text}"
+"""
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """A task folder with questions in it, beside it, and in a copy of a hub data set."""
+    folder = tmp_path / "tasks"
+    write(folder / "mine.yaml", YAML.format(data="../data/asked.jsonl", text="long " * 200))
+    write(folder / "marks.py", "def mark(doc, results): ...")
+    write(folder / "own.jsonl", "{}")
+    write(folder / "cais" / "mmlu" / "data" / "test.parquet", "rows")
+    write(folder / ".cache" / "lock", "")
+    write(tmp_path / "data" / "asked.jsonl", "{}")
+    return folder
+
+
+def hash_with(**changes):
+    return cell(suite=small_suite(**changes)).hash
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["mine.yaml", "marks.py", "own.jsonl", "cais/mmlu/data/test.parquet", "../data/asked.jsonl"],
+)
+def test_edited_questions_make_another_cell(tasks, changed):
+    before = hash_with(task_folder=str(tasks))
+    assert hash_with(task_folder=str(tasks)) == before
+    write(tasks / changed, (tasks / changed).read_text() + " ")
+    assert hash_with(task_folder=str(tasks)) != before
+
+
+def test_new_questions_make_another_cell(tasks):
+    before = hash_with(task_folder=str(tasks))
+    write(tasks / "new" / "more.yaml", "task: more")
+    assert hash_with(task_folder=str(tasks)) != before
+
+
+def test_questions_count_by_their_content(tasks):
+    """A fresh checkout in CI has other times, and has to find the records that were kept."""
+    before = hash_with(task_folder=str(tasks))
+    for file in tasks.rglob("*.*"):
+        os.utime(file, ns=(0, 0))
+    write(tasks / "__pycache__" / "marks.cpython-311.pyc", "written when the task is asked")
+    write(tasks / ".cache" / "lock", "taken")
+    assert hash_with(task_folder=str(tasks)) == before
+
+
+def test_a_folder_of_data_that_yaml_names_counts(tasks, tmp_path):
+    write(tasks / "local.yaml", f"task: local\ndataset_path: {tmp_path}/copy\n")
+    write(tmp_path / "copy" / "data" / "test.parquet", "rows")
+    before = hash_with(task_folder=str(tasks))
+    write(tmp_path / "copy" / "data" / "test.parquet", "other rows")
+    assert hash_with(task_folder=str(tasks)) != before
+
+
+def test_links_are_followed_and_may_lead_back(tasks, tmp_path):
+    (tasks / "back").symlink_to(tasks, target_is_directory=True)
+    (tasks / "owner").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    write(tmp_path / "elsewhere" / "name" / "test.jsonl", "{}")
+    before = hash_with(task_folder=str(tasks))
+    write(tmp_path / "elsewhere" / "name" / "test.jsonl", "{ }")
+    assert hash_with(task_folder=str(tasks)) != before
+
+
+def test_broken_yaml_is_lm_evals_to_refuse(tasks):
+    write(tasks / "broken.yaml", "task: [\n\t- {")
+    assert hash_with(task_folder=str(tasks))
+
+
+@pytest.mark.parametrize("source", [DataSource, ModelSource])
+def test_folders_count_with_what_lies_deep_inside(tmp_path, source):
+    part = {DataSource: "data", ModelSource: "model"}[source]
+    file = tmp_path / "copy" / "data" / "train.parquet"
+    write(file, "rows")
+    before = hash_with(**{part: source(str(tmp_path / "copy"))})
+    write(file, "other rows")
+    assert hash_with(**{part: source(str(tmp_path / "copy"))}) != before
+
+
+def test_a_world_that_was_made_again_is_no_other_cell(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fingerprint(small_suite()) == []
