@@ -11,7 +11,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-from suites import children, distributed, embedded, messages, record, workers
+from suites import children, distributed, embedded, inputs, messages, record, workers
 from suites.plan import Cell, Execution
 from suites.progress import Progress, Report
 from suites.record import DamagedRecordError, Record
@@ -69,6 +69,7 @@ def run(cells: Sequence[Cell], out: Path, way: Execution, view: Progress) -> Non
     """
     suite = cells[0].suite
     _check_machine(suite, way)
+    _check_folders(suite, out)
     _check_hub(suite)
     if suite.cpu_note and not distributed.has_gpu(suite.device):
         view.say(f"{suite.name} without a GPU: {suite.cpu_note}")
@@ -91,6 +92,16 @@ def _check_machine(suite: Suite, way: Execution) -> None:
             distributed.check_device(suite.device, way.num_processes)
     except ValueError as error:
         raise NotReadyError(str(error)) from error
+
+
+def _check_folders(suite: Suite, out: Path) -> None:
+    """Raises NotReadyError if records would change what the cells they are about are known by."""
+    for folder in inputs.folders(suite):
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise NotReadyError(
+                f"the results folder {out} lies in {folder}, which the suite reads, and whose "
+                "files tell its cells from others; allowed: an --out outside of it"
+            )
 
 
 def _check_hub(suite: Suite) -> None:
