@@ -240,4 +240,5 @@ def task_score(task: Task, score: Score) -> TaskScore:
         per_item=tuple(score.per_item),
         doc_ids=tuple(score.doc_ids),
         subtasks=dict(score.subtasks),
+        weighs_by_size=score.weighs_by_size,
     )

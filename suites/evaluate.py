@@ -38,6 +38,8 @@ class Score:
     doc_ids: tuple[int, ...]
     #: The number of items of each subtask, in their order; of a task that has no others, itself.
     subtasks: Mapping[str, int] = field(default_factory=dict)
+    #: Of a group or tag, whether the value is the mean over all items.
+    weighs_by_size: bool = True
 
     @property
     def num_items(self) -> int:
@@ -133,6 +135,7 @@ def _pooled(task: Task, parts: Mapping[str, Score], by_size: bool) -> Score:
         per_item=tuple(item for part in parts.values() for item in part.per_item),
         doc_ids=tuple(number for part in parts.values() for number in part.doc_ids),
         subtasks={name: part.num_items for name, part in parts.items()},
+        weighs_by_size=by_size,
     )
 
 

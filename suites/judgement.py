@@ -99,7 +99,7 @@ def _score(method: str, role: str, own: Sequence[Record], then: Sequence[Record]
     before, now = (report.mean(report.role_means(each, role)) for each in (then, own))
     if now is None or before is None:
         return Finding(method, role, before, now, WORSE if then else UNJUDGED)
-    found = stats.paired_difference(report.item_differences(own, then, role))
+    found = stats.paired_difference(*report.item_differences(own, then, role))
     verdict = SAME
     if found.high < 0 and found.mean < -SCORE_LIMIT:
         verdict = WORSE

@@ -17,7 +17,8 @@ from suites.provenance import Environment
 SCHEMA_VERSION = 3
 
 #: Schemas that are read too: what they lack has a default that says it is unknown.
-#: 1 had no first_step_flops, resumed_at and num_processes, 2 no yardstick_seconds.
+#: 1 had no first_step_flops, resumed_at and num_processes, 2 no yardstick_seconds, and no
+#: weighs_by_size, of which the default is what was taken for granted.
 OLDER_SCHEMAS = (1, 2)
 
 STATUSES = ("ok", "oom", "diverged", "failed", "interrupted")
@@ -41,6 +42,8 @@ class TaskScore:
     doc_ids: tuple[int, ...]
     #: Of a group or tag, the number of items of each subtask, in their order.
     subtasks: Mapping[str, int] = field(default_factory=dict)
+    #: Whether `value` is the mean over all items; else it is that of the subtasks' means.
+    weighs_by_size: bool = True
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -128,8 +129,8 @@ def compared(own: Sequence[Record], base: Sequence[Record]) -> dict[str, float |
     is_base = bool(own) and own[0].method_name == BASELINE
     for role in ROLES:
         name = f"{role}_minus_{BASELINE}"
-        paired = [] if is_base else item_differences(own, base, role)
-        found = stats.paired_difference(paired) if paired else None
+        arrays, weights = ([], []) if is_base else item_differences(own, base, role)
+        found = stats.paired_difference(arrays, weights) if arrays else None
         row[name] = found.mean if found else None
         row[f"{name}_low"] = found.low if found else None
         row[f"{name}_high"] = found.high if found else None
@@ -137,25 +138,42 @@ def compared(own: Sequence[Record], base: Sequence[Record]) -> dict[str, float |
     return row
 
 
-def item_differences(own: Sequence[Record], base: Sequence[Record], role: str) -> list[np.ndarray]:
-    """`own` - `base`, item by item: for each task of `role` an array (shared seeds, items).
+def item_differences(
+    own: Sequence[Record], base: Sequence[Record], role: str
+) -> tuple[list[np.ndarray], list[float]]:
+    """`own` - `base`, item by item: arrays (shared seeds, items), and what each weighs.
 
+    A task of `role` is one array of weight 1, or if its subtasks count alike one for each of them,
+    among which that weight is shared: so the mean of the arrays is the difference of the values.
     Raises MixedRecordsError if the items are not the same.
     """
     theirs = {record.seed: record for record in base}
     pairs = [(record, theirs[record.seed]) for record in own if record.seed in theirs]
+    arrays: list[np.ndarray] = []
+    weights: list[float] = []
     if not pairs:
-        return []
-    names = [name for name, score in pairs[0][0].scores.items() if score.role == role]
-    return [
-        np.stack([_difference(a.scores[name], b.scores[name]) for a, b in pairs]) for name in names
-    ]
+        return arrays, weights
+    for name in [name for name, score in pairs[0][0].scores.items() if score.role == role]:
+        scores = [(a.scores[name], b.scores[name]) for a, b in pairs]
+        whole = np.stack([_difference(a, b) for a, b in scores])
+        parts = np.split(whole, _ends(*scores[0]), axis=1)
+        arrays += parts
+        weights += [1 / len(parts)] * len(parts)
+    return arrays, weights
 
 
 def _difference(own: TaskScore, base: TaskScore) -> np.ndarray:
-    if own.doc_ids != base.doc_ids:
+    known = own.subtasks and base.subtasks  # records of old name none
+    if own.doc_ids != base.doc_ids or (known and own.subtasks != base.subtasks):
         raise MixedRecordsError("records of different test items do not share a table")
     return np.subtract(own.per_item, base.per_item)
+
+
+def _ends(own: TaskScore, base: TaskScore) -> list[int]:
+    """Where in the items each subtask but the last ends, if they count alike; else none does."""
+    # Only records of old say of a group that counts subtasks alike that it does not.
+    alike = [score for score in (own, base) if not score.weighs_by_size]
+    return list(itertools.accumulate(alike[0].subtasks.values()))[:-1] if alike else []
 
 
 def role_means(records: Iterable[Record], role: str) -> list[float]:

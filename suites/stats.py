@@ -70,16 +70,19 @@ class Difference:
 
 
 def paired_difference(
-    differences: Sequence[np.ndarray], num_resamples: int = NUM_RESAMPLES
+    differences: Sequence[np.ndarray],
+    weights: Sequence[float] | None = None,
+    num_resamples: int = NUM_RESAMPLES,
 ) -> Difference:
     """Bootstraps the mean of paired differences, over items within blocks of seeds.
 
     `differences` has one array (seeds, items) for each task, all with the same seeds: what one
     method scored above another on the same item after training with the same seed. Their mean is
-    that over tasks of the mean over seeds and items. Each resample draws seeds, the same for all
-    tasks, and items of each task, the same for all seeds: so what a seed's items share is not
-    taken for independent (two-way bootstrap: Owen, Annals of Applied Statistics 1, 2007). With one
-    seed the interval is over items alone. Raises ValueError where there is nothing to compare.
+    that over tasks, by `weights` or else alike, of the mean over seeds and items. Each resample
+    draws seeds, the same for all tasks, and items of each task, the same for all seeds: so what a
+    seed's items share is not taken for independent (two-way bootstrap: Owen, Annals of Applied
+    Statistics 1, 2007). With one seed the interval is over items alone. Raises ValueError where
+    there is nothing to compare.
     """
     import numpy as np
 
@@ -89,14 +92,16 @@ def paired_difference(
     num_seeds = differences[0].shape[0]
     # How often each resample draws each seed, as a share: (resamples, seeds).
     seeds = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_resamples)
+    shares = np.ones(len(differences)) if weights is None else np.asarray(weights)
+    shares = shares / shares.sum()
     means = np.zeros(num_resamples)
-    for task in differences:
-        means += _resampled_means(task, seeds / num_seeds, generator) / len(differences)
+    for task, share in zip(differences, shares, strict=True):
+        means += share * _resampled_means(task, seeds / num_seeds, generator)
     low, high = np.quantile(means, (0.025, 0.975))
     # A difference of exactly 0 speaks for neither side, so it counts for both.
     tail = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
     return Difference(
-        mean=float(np.mean([task.mean() for task in differences])),
+        mean=float(shares @ [task.mean() for task in differences]),
         low=float(low),
         high=float(high),
         p_value=min(1.0, float(2 * (tail + 1) / (num_resamples + 1))),

@@ -76,6 +76,21 @@ def test_one_measure_changed(change, measure, verdict):
     assert set(found.values()) == {SAME}
 
 
+def test_a_group_is_judged_as_its_value_is_made():
+    """Half of the small subtask was lost, which is a quarter of the value and 2 % of the items."""
+
+    def with_group(each, few, many):
+        values = {"value": (few / 4 + many / 196) / 2, "num_items": 200, "weighs_by_size": False}
+        items = (*[1.0] * few, *[0.0] * (4 - few), *[1.0] * many, *[0.0] * (196 - many))
+        parts = {"per_item": items, "doc_ids": tuple(range(200)), "subtasks": {"a": 4, "b": 196}}
+        target = dataclasses.replace(each.scores["t"], **values, **parts)
+        return dataclasses.replace(each, scores={**each.scores, "t": target})
+
+    before = [with_group(each, 4, 100) for each in both()]
+    now = [with_group(each, 0, 106) for each in both()]  # two more are right
+    assert verdicts(now, before)["spiel", "target"] == WORSE
+
+
 def test_a_slower_machine_is_no_slower_method():
     assert set(verdicts(both(spiel={"seconds": 0.2}, lora={"seconds": 0.2})).values()) == {SAME}
 

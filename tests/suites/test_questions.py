@@ -1,15 +1,18 @@
 """lm-eval's tasks by name: groups, tags, a user's own, and how their scores come together."""
 
+import copy
 import time
 
 import pytest
 
-from suites import questions
+from suites import questions, report, stats
+from suites.cell import task_score
 from suites.evaluate import evaluate
 from suites.models import load_model, load_tokenizer
 from suites.suite import ModelSource, Task
 from suites.tasks import general_text, gsm8k_metamath
 from tests.suites import hub_files
+from tests.suites.arena import cell, finished
 
 
 @pytest.fixture(scope="module")
@@ -99,20 +102,42 @@ def test_a_group_counts_items_alike_if_it_says_so_and_else_subtasks(loaded, fold
         assert score(loaded, name, folder).value == pytest.approx((few.value + many.value) / 2)
 
 
-def test_a_groups_value_is_lm_evals(loaded, folder):
+def lm_evals(loaded, name, folder):
+    """The group's value by lm-eval alone."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     model, tokenizer = loaded
     manager = TaskManager(include_path=folder, include_defaults=False)
+    harness = HFLM(pretrained=model, tokenizer=tokenizer)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # lm-eval looks for data files from the working directory
-        for name in ("by_size", "by_task"):
-            harness = HFLM(pretrained=model, tokenizer=tokenizer)
-            theirs = simple_evaluate(harness, tasks=[name], task_manager=manager, bootstrap_iters=0)
-            value = theirs["groups"][name]["acc,none"]
-            assert score(loaded, name, folder).value == pytest.approx(value)
+        found = simple_evaluate(harness, tasks=[name], task_manager=manager, bootstrap_iters=0)
+    return found["groups"][name]["acc,none"]
+
+
+def test_a_groups_value_is_lm_evals(loaded, folder):
+    for name in ("by_size", "by_task"):
+        value = lm_evals(loaded, name, folder)
+        assert score(loaded, name, folder).value == pytest.approx(value)
+
+
+@pytest.mark.parametrize("name", ["by_size", "by_task"])
+def test_a_paired_difference_is_that_of_lm_evals_values(loaded, folder, name):
+    model, tokenizer = loaded
+    other = copy.deepcopy(model)
+    other.lm_head.weight.data[tokenizer(" four")["input_ids"][1:]] += 5.0  # says it everywhere
+    both = (loaded, (other, tokenizer))
+    here, there = (lm_evals(each, name, folder) for each in both)
+    assert here != there  # else this would test nothing
+    task = Task(name, "acc,none", "target")
+    records = [
+        finished(cell(), scores={name: task_score(task, score(each, name, folder))})
+        for each in both
+    ]
+    paired = report.item_differences(records[:1], records[1:], "target")
+    assert stats.paired_difference(*paired).mean == pytest.approx(here - there)
 
 
 def test_examples_before_the_question_are_each_tasks_own(loaded, folder):

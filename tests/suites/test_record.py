@@ -107,6 +107,8 @@ def test_a_record_of_an_older_schema_is_read(path, schema):
     before = finished(cell())
     values = dataclasses.asdict(before)
     del values["training"]["yardstick_seconds"]
+    for score in values["scores"].values():
+        del score["weighs_by_size"]
     if schema == 1:
         del values["training"]["first_step_flops"], values["training"]["resumed_at"]
         del values["environment"]["num_processes"]

@@ -79,6 +79,12 @@ def test_tasks_count_alike_whatever_their_size():
     assert found.mean == 0.5
 
 
+def test_weights_decide_how_tasks_count():
+    arrays = [np.ones((2, 10)), np.zeros((2, 1000)), np.full((2, 5), -1.0)]
+    found = paired_difference(arrays, [0.5, 0.5, 1.0])
+    assert (found.mean, found.low, found.high) == pytest.approx((-0.25, -0.25, -0.25))
+
+
 def test_nothing_to_pair_is_an_error():
     with pytest.raises(ValueError, match="at least one seed and one item"):
         paired_difference([])
