@@ -83,6 +83,43 @@ def evaluate(
         return scores
 
 
+def check(tasks: Sequence[Task], task_folder: str | None) -> None:
+    """Raises ValueError for what `evaluate` would refuse only after training.
+
+    That is a task that there is not, data that cannot be had, and a metric or filter that the task
+    does not give: found by a question of each kind of subtask, put to a model that guesses. Not
+    asked are tasks that run code, and those of the user's whose own functions fail on a guess.
+    """
+    with _quiet(), _same_random_state():
+        if any(questions.hub_data(task.name, task_folder) for task in tasks):
+            hub.stay_offline_if_unreachable()
+        for task in tasks:
+            if not task.runs_code:
+                _check(task, task_folder)
+
+
+def _check(task: Task, task_folder: str | None) -> None:
+    from lm_eval import evaluate as run_tasks
+    from lm_eval.models.dummy import DummyLM
+
+    names = questions.one_of_each_kind(task.name, task_folder)
+    for name, loaded in questions.load(task, task_folder, names).items():
+        try:
+            results = run_tasks(DummyLM(), {"tasks": {name: loaded}}, limit=1, bootstrap_iters=0)
+        except Exception:  # of whatever the task's own functions do with a guess
+            continue
+        if task.metric not in _promised(loaded):
+            _score(name, task.metric, results)
+
+
+def _promised(loaded: Any) -> set[str]:
+    """What a task with a function for its results says these are: a guess may not get them all."""
+    if getattr(loaded.config, "process_results", None) is None:
+        return set()
+    filters = [each.name for each in loaded._filters]
+    return {f"{metric},{name}" for metric in loaded.aggregation() for name in filters}
+
+
 def _ask(
     harness: Any, task: Task, task_folder: str | None, limit: int | None, allow_code: bool
 ) -> Score:

@@ -38,6 +38,13 @@ class Built:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """The tasks can be asked, or cannot, for `problem`."""
+
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class Unwritten:
     """The record could not be written."""
 

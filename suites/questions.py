@@ -43,9 +43,14 @@ class Subtask:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def said(self) -> Mapping[str, Any]:
+        """What it and the groups above it say."""
+        return {**self.config, **self.overrides}
+
+    @property
     def path(self) -> str:
         """Of its data: a hub id, a folder, or one of FILE_LOADERS."""
-        return str({**self.config, **self.overrides}.get("dataset_path"))
+        return str(self.said.get("dataset_path"))
 
 
 def subtasks(name: str, task_folder: str | None) -> list[Subtask]:
@@ -69,14 +74,26 @@ def hub_data(name: str, task_folder: str | None) -> list[str]:
     ]
 
 
-def load(task: Task, task_folder: str | None) -> dict[str, Any]:
+def one_of_each_kind(name: str, task_folder: str | None) -> list[str]:
+    """Of the subtasks of `name`, one of each way to score."""
+    chosen: dict[str, str] = {}
+    for leaf in subtasks(name, task_folder):
+        way = [leaf.said.get(key) for key in ("output_type", "metric_list", "filter_list")]
+        chosen.setdefault(repr(way), leaf.name)
+    return list(chosen.values())
+
+
+def load(task: Task, task_folder: str | None, names: Sequence[str] | None = None) -> dict[str, Any]:
     """Name -> lm-eval's task, its data loaded, for each of the subtasks of `task`.
 
-    Raises ValueError, naming the data set, where its data cannot be had.
+    `names` are those that are wanted, if not all. Raises ValueError, naming the data set, where its
+    data cannot be had.
     """
     manager = _manager(task.name, task_folder)
     loaded = {}
     for leaf in _leaves(task.name, manager, {}):
+        if names is not None and leaf.name not in names:
+            continue
         changed = {**leaf.overrides, **_data(leaf, task_folder)}
         if task.data_split is not None:
             changed["test_split"] = task.data_split
@@ -174,7 +191,7 @@ def _data_files(leaf: Subtask) -> dict[str, Any]:
     `datasets` would look for them from the working directory. A path that is not there from the
     YAML file is left for it to look for.
     """
-    options = {**leaf.config, **leaf.overrides}.get("dataset_kwargs") or {}
+    options = leaf.said.get("dataset_kwargs") or {}
     if "data_files" not in options:
         return {}
 

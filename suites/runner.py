@@ -65,7 +65,8 @@ def run(cells: Sequence[Cell], out: Path, way: Execution, view: Progress) -> Non
     Cells that another runner works on are left to it.
 
     Raises UnwrittenError when a record cannot be written, NotReadyError when the suite's world
-    cannot, and KeyboardInterrupt when stopped, after its child has been.
+    cannot or its tasks could not be asked, and KeyboardInterrupt when stopped, after its child has
+    been.
     """
     suite = cells[0].suite
     _check_machine(suite, way)
@@ -77,6 +78,8 @@ def run(cells: Sequence[Cell], out: Path, way: Execution, view: Progress) -> Non
     chosen = children.context(out / "logs" / "libraries.log")
     made_up = suite.world
     world = None if made_up is None else _build_world(made_up, out, chosen, view)
+    if suite.tasks:
+        _check_tasks(suite, world, out, chosen, view)
     for cell in cells:
         view.start_cell(cell)
         status, reason = _run_one(cell, world, out, way, chosen, view)
@@ -135,6 +138,19 @@ def _build_world(world: World, out: Path, chosen: BaseContext, view: Progress) -
     if built[0].folder is None:
         raise NotReadyError(built[0].problem)
     return built[0].folder
+
+
+def _check_tasks(
+    suite: Suite, world: Path | None, out: Path, chosen: BaseContext, view: Progress
+) -> None:
+    """Raises NotReadyError for a task that could not be asked after training."""
+    heard: list[messages.Checked] = []
+    log = out / "logs" / "tasks.log"
+    children.run_child(chosen, workers.check_tasks, [(suite, world, log)], heard.append)
+    if not heard:
+        view.say(f"the tasks could not be checked before training; see {log}")
+    elif heard[0].problem:
+        raise NotReadyError(heard[0].problem)
 
 
 def _run_one(

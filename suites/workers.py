@@ -15,9 +15,11 @@ from pathlib import Path
 
 from suites import embedded, record
 from suites.distributed import Rank
-from suites.messages import Built, Ended, Lost, Skipped, Unwritten
+from suites.messages import Built, Checked, Ended, Lost, Skipped, Unwritten
 from suites.plan import Cell, Execution
 from suites.progress import Report
+from suites.sources import SPLITS
+from suites.suite import Suite, placed
 from suites.world import World
 
 
@@ -106,6 +108,19 @@ def build_world(world: World, cache: Path, log: Path, connection: Connection) ->
         connection.send(Built(embedded.build(world, cache, progress)))
     except ValueError as error:
         connection.send(Built(None, str(error)))
+
+
+def check_tasks(suite: Suite, world: Path | None, log: Path, connection: Connection) -> None:
+    """What a child does before any cell: looks whether the suite's tasks can be asked, says so."""
+    _begin(log)
+    from suites.evaluate import check
+
+    tasks = [task for split in SPLITS for task in suite.tasks_of(split)]
+    try:
+        check(tasks, placed(suite, world).task_folder)
+        connection.send(Checked())
+    except ValueError as error:
+        connection.send(Checked(str(error)))
 
 
 def _begin(log: Path) -> None:

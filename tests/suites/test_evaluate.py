@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from suites.evaluate import evaluate
+from suites.evaluate import check, evaluate
 from suites.models import load_model, load_tokenizer
 from suites.suite import ModelSource, Task
 
@@ -102,3 +102,22 @@ def test_a_task_that_is_not_there_is_refused(loaded, world_folder):
 def test_a_task_folder_that_is_not_there_is_refused(loaded, tmp_path):
     with pytest.raises(ValueError, match="is no folder of lm-eval YAML files"):
         evaluate(*loaded, [TARGET], str(tmp_path / "none"), 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"metric": "accuracy,none"},
+            "task world_target has no metric 'accuracy,none'; .*acc,none",
+        ),
+        ({"metric": "acc,nome"}, "task world_target has no metric 'acc,nome'; it has: acc,none"),
+        ({"name": "world_targit"}, "has no task 'world_targit'; nearest: world_target"),
+        ({"data_split": "train"}, "task world_target: its data json cannot be loaded"),
+    ],
+)
+def test_what_would_be_refused_after_training_is_known_before(world_folder, change, message):
+    tasks = str(world_folder / "tasks")
+    check([TARGET, RETENTION], tasks)
+    with pytest.raises(ValueError, match=message):
+        check([RETENTION, dataclasses.replace(TARGET, **change)], tasks)

@@ -2,12 +2,13 @@
 
 import copy
 import time
+from pathlib import Path
 
 import pytest
 
 from suites import questions, report, stats
 from suites.cell import task_score
-from suites.evaluate import evaluate
+from suites.evaluate import check, evaluate
 from suites.models import load_model, load_tokenizer
 from suites.suite import ModelSource, Task
 from suites.tasks import general_text, gsm8k_metamath
@@ -163,6 +164,61 @@ def test_a_chat_template_is_applied_where_asked_for(loaded, folder, monkeypatch)
     assert not seen
     score(loaded, "few", folder, apply_chat_template=True)
     assert {message["role"] for messages in seen for message in messages} >= {"user"}
+
+
+def test_a_subtask_that_lacks_the_metric_is_known_before_training(folder):
+    """One subtask of each kind is asked."""
+    path = Path(folder, "many.yaml")
+    assert questions.one_of_each_kind("both_tag", folder) == ["few"]
+    path.write_text(path.read_text().replace("metric: acc,", "metric: exact_match,"))
+    assert questions.one_of_each_kind("both_tag", folder) == ["few", "many"]
+    with pytest.raises(ValueError, match="task many has no metric 'acc,none'; it has: exact_match"):
+        check([Task("both_tag", "acc,none", "target")], folder)
+
+
+def test_a_metric_that_is_no_mean_is_known_before_training(folder):
+    path = Path(folder, "few.yaml")
+    path.write_text(path.read_text().replace("metric: acc, aggregation: mean", "metric: mcc"))
+    with pytest.raises(ValueError, match="metric 'mcc,none' of task few is no mean over items"):
+        check([Task("few", "mcc,none", "target")], folder)
+
+
+OWN_MARKS = """\
+def strict(doc, results):
+    return {"mark": 1.0} if results[0] == "right" else {"unread": 1.0}
+
+def failing(doc, results):
+    raise RuntimeError("no such answer")
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "metric", "refused"),
+    [
+        ("strict", "mark,none", False),  # what is listed is believed, whatever a guess gets
+        ("strict", "marc,none", True),
+        ("failing", "marc,none", False),  # not known before training
+    ],
+)
+def test_a_tasks_own_function_for_results(folder, function, metric, refused):
+    Path(folder, "marks.py").write_text(OWN_MARKS)
+    Path(folder, "own.yaml").write_text(
+        TASK.format(name="own", extra=f"process_results: !function marks.{function}")
+        .replace("multiple_choice", "generate_until")
+        .replace("metric: acc", "metric: mark")
+        .replace("own.jsonl", "few.jsonl")
+    )
+    tasks = [Task("own", metric, "target")]
+    if not refused:
+        check(tasks, folder)
+        return
+    with pytest.raises(ValueError, match="task own has no metric 'marc,none'"):
+        check(tasks, folder)
+
+
+def test_nothing_is_run_to_check_a_task_that_runs_code(folder, monkeypatch):
+    monkeypatch.setattr(questions, "load", None)
+    check([Task("few", "pass@1,none", "target", runs_code=True)], folder)
 
 
 def test_a_missing_metric_names_those_there_are(loaded, folder):

@@ -1,7 +1,9 @@
 """The command: what it answers to good and bad input, and that it never loses a run."""
 
+import dataclasses
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -123,6 +125,21 @@ def test_lack_of_disk_space_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(runner.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(runner.NotReadyError, match="1 MiB of disk space left, 64 MiB are needed"):
         runner.check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["test", "dev"])
+def test_a_task_that_cannot_be_asked_stops_before_training(
+    arena, tmp_path, monkeypatch, capsys, split
+):
+    tasks = [
+        dataclasses.replace(task, metric="acc,nome") if task.split == split else task
+        for task in small_suite().tasks
+    ]
+    monkeypatch.setitem(run.SUITES, "small", small_suite(tasks=tuple(tasks)))
+    assert command("--methods", "lora", "--seeds", "0", out=tmp_path) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"error: task world_\w+ has no metric 'acc,nome'; it has: acc,none$", told)
+    assert not (tmp_path / "records").exists()
 
 
 def test_failing_cells_leave_the_others_alone(arena, tmp_path, capsys):
