@@ -8,9 +8,8 @@ to those of the faster, respectively smaller, LoRA with as many weights in the s
 from __future__ import annotations
 
 import itertools
-import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +90,7 @@ def command(suite: Suite, methods: Sequence[str], setting: dict[str, Any], out: 
 
 
 def present(suite: Suite, methods: Sequence[str], names: Sequence[str], out: Path) -> int:
-    """Prints and writes the table of ratios; 1 if no setting has a LoRA to compare with."""
+    """Prints and writes the table of ratios; 1 if there is no record of any setting."""
     import pandas as pd
 
     from suites.record import write_whole
@@ -101,7 +100,7 @@ def present(suite: Suite, methods: Sequence[str], names: Sequence[str], out: Pat
     rows = [row for setting, records in found for row in compared(setting, records)]
     console = make_console()
     if not rows:
-        say(console, "no setting has a finished LoRA to compare with")
+        say(console, "no setting has a record")
         return 1
     frame, title = pd.DataFrame(rows), f"{suite.name}: a train step, and as a ratio to LoRA's"
     records = [each for _, own in found for each in own]
@@ -128,30 +127,37 @@ def _records(
 def compared(setting: dict[str, Any], records: Sequence[Record]) -> list[dict[str, str]]:
     """A row a method: milliseconds and MiB of a train step, and their ratios to the best LoRA's.
 
-    None without a LoRA that ended well. Raises MixedRecordsError for records that do not belong
-    together.
+    Raises MixedRecordsError for records that do not belong together.
     """
     from suites.report import require_comparable, step_seconds, train_peak_bytes
-    from suites.table import MIB
+    from suites.table import MIB, number
 
-    rivals = [each for each in records if each.status == "ok" and each.method_name in RIVALS]
-    if not rivals:
-        return []
     require_comparable(records)
-    fastest = min(step_seconds(each) or math.inf for each in rivals)
-    smallest = min(train_peak_bytes(each) or 0 for each in rivals)
+    rivals = [each for each in records if each.status == "ok" and each.method_name in RIVALS]
+    fastest = least(step_seconds(each) for each in rivals)
+    smallest = least(train_peak_bytes(each) for each in rivals)
     labels = {name: "-" if value is None else str(value) for name, value in setting.items()}
     rows = []
     for each in records:
-        seconds = step_seconds(each) if each.status == "ok" else None
         cells = ["-", each.status, "-", each.status]
-        if seconds is not None:
-            peak = train_peak_bytes(each) or 0
-            cells = [f"{1e3 * seconds:.1f}", f"{seconds / fastest:.3f}"]
-            cells += [f"{peak / MIB:.0f}", f"{peak / smallest:.3f}"]
+        if each.status == "ok":
+            seconds, peak = step_seconds(each), train_peak_bytes(each)
+            cells = [number(seconds, ".1f", scale=1e3), ratio(seconds, fastest)]
+            cells += [number(peak, ".0f", scale=1 / MIB), ratio(peak, smallest)]
         columns = ("ms/step", "time x lora", "MiB", "memory x lora")
         rows.append(labels | {"method": each.method_name} | dict(zip(columns, cells, strict=True)))
     return rows
+
+
+def least(values: Iterable[float | None]) -> float | None:
+    """The least of the rivals' `values`; None if there is none, or one was not measured (0)."""
+    known = list(values)
+    return min(known) if known and all(known) else None
+
+
+def ratio(value: float | None, to: float | None) -> str:
+    """`value` / `to`, or a dash where either is unknown."""
+    return "-" if value is None or to is None else f"{value / to:.3f}"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 from suites import footprints
 from suites.catalog import SUITES
 from suites.methods import METHODS
+from suites.record import PhaseCost
 from tests.suites.arena import cell, finished
 
 
@@ -26,14 +27,27 @@ def test_a_grid_runs_and_leaves_one_table_of_ratios(tmp_path, monkeypatch, capsy
     assert "a train step, and as a ratio to LoRA's" in capsys.readouterr().out
 
 
-def test_a_method_that_did_not_fit_is_in_the_table_and_none_without_lora():
-    suite = SUITES["footprint_tiny"]
-    lora = finished(cell("lora", suite=suite))
-    full = dataclasses.replace(finished(cell("full", suite=suite)), status="oom")
+SUITE = SUITES["footprint_tiny"]
+
+
+def test_a_method_that_did_not_fit_is_in_the_table():
+    lora = finished(cell("lora", suite=SUITE))
+    full = dataclasses.replace(finished(cell("full", suite=SUITE)), status="oom")
     rows = footprints.compared({"quantize": "4bit"}, [lora, full])
     assert [row["time x lora"] for row in rows] == ["1.000", "oom"]
     assert rows[0]["quantize"] == "4bit"
-    assert footprints.compared({}, [full]) == []
+
+
+def test_a_setting_without_lora_has_its_rows():
+    (row,) = footprints.compared({}, [finished(cell("spiel", suite=SUITE))])
+    assert list(row.values()) == ["spiel", "100.0", "-", "2", "-"]
+
+
+@pytest.mark.parametrize("peak_bytes", [0, None])
+def test_a_rival_without_a_peak_gives_no_ratio_of_memory(peak_bytes):
+    lora = finished(cell("lora", suite=SUITE), phases={"train": PhaseCost(1.0, peak_bytes)})
+    row = footprints.compared({}, [lora, finished(cell("spiel", suite=SUITE))])[1]
+    assert (row["time x lora"], row["MiB"], row["memory x lora"]) == ("1.000", "2", "-")
 
 
 def test_every_flag_left_out_or_given_is_what_anybody_could_type():
