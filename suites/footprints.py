@@ -18,9 +18,12 @@ from suites.catalog import SUITES
 from suites.options import BAD_INPUT, Parser, parse_methods
 from suites.overrides import override
 from suites.plan import choose, plan
+from suites.run import FAILED
 from suites.suite import Suite
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from suites.record import Record
 
 #: LoRA as peft ships it, and in the model's own dtype; which is faster is for the GPU to say.
@@ -90,38 +93,73 @@ def command(suite: Suite, methods: Sequence[str], setting: dict[str, Any], out: 
 
 
 def present(suite: Suite, methods: Sequence[str], names: Sequence[str], out: Path) -> int:
-    """Prints and writes the table of ratios; 1 if there is no record of any setting."""
-    import pandas as pd
+    """Prints and writes the table of ratios; 0 if all cells are ok and comparable, else 1."""
+    from suites.report import MixedRecordsError
+    from suites.table import drawn, make_console, say
 
-    from suites.record import write_whole
-    from suites.table import drawn, make_console, say, speed, where
-
-    found = [(setting, _records(suite, methods, setting, out)) for setting in settings(names)]
-    rows = [row for setting, records in found for row in compared(setting, records)]
-    console = make_console()
-    if not rows:
-        say(console, "no setting has a record")
-        return 1
-    frame, title = pd.DataFrame(rows), f"{suite.name}: a train step, and as a ratio to LoRA's"
+    console, found, problems = make_console(), [], []
+    for setting in settings(names):
+        own, lacking = _load(suite, methods, setting, out)
+        found.append((setting, own))
+        problems += [f"not counted: {problem}" for problem in lacking]
+    for problem in problems:
+        say(console, problem)
     records = [each for _, own in found for each in own]
-    notes = [where(next(each for each in records if each.environment)), *speed(records)]
+    if not records:
+        return FAILED
+    try:
+        frame = tabulated(found)
+    except MixedRecordsError as error:
+        say(console, f"no table: {error}")
+        return FAILED
+    title, notes = f"{suite.name}: a train step, and as a ratio to LoRA's", footnotes(records)
     console.print(drawn(title, frame))
     for note in notes:
         say(console, note)
-    stem = out / "tables" / f"{suite.name}-ratios"
-    text = frame.to_markdown(index=False, disable_numparse=True)
-    write_whole("\n\n".join([f"# {title}", text, *notes]) + "\n", stem.with_suffix(".md"))
-    write_whole(frame.to_csv(index=False), stem.with_suffix(".csv"))
-    say(console, f"tables:  {stem}.md, {stem}.csv")
-    return 0
+    markdown, csv = write(suite, title, frame, notes + problems, out)
+    say(console, f"tables:  {markdown}, {csv}")
+    return FAILED if problems or any(each.status != "ok" for each in records) else 0
 
 
-def _records(
+def _load(
     suite: Suite, methods: Sequence[str], setting: dict[str, Any], out: Path
-) -> list[Record]:
+) -> tuple[list[Record], list[str]]:
     from suites.table import load
 
-    return load(plan(override(suite, **setting), methods, suite.seeds[:1]), out)[0]
+    return load(plan(override(suite, **setting), methods, suite.seeds[:1]), out)
+
+
+def tabulated(found: Sequence[tuple[dict[str, Any], Sequence[Record]]]) -> pd.DataFrame:
+    """The rows of all settings; MixedRecordsError if they were not all measured on one machine."""
+    import pandas as pd
+
+    from suites.report import hardware, require_one
+
+    rows = [row for setting, own in found for row in compared(setting, own)]
+    measured = [each for _, own in found for each in own if each.status == "ok"]
+    require_one("hardware", measured, hardware, named=lambda each: each.suite_name)
+    return pd.DataFrame(rows)
+
+
+def footnotes(records: Sequence[Record]) -> list[str]:
+    """The machine, each revision of the code, and how steady the machine was."""
+    from suites.table import speed, where
+
+    return [*sorted({where(each) for each in records if each.environment}), *speed(records)]
+
+
+def write(
+    suite: Suite, title: str, frame: pd.DataFrame, notes: Sequence[str], out: Path
+) -> tuple[Path, Path]:
+    """Writes the table in Markdown and in CSV."""
+    from suites.record import write_whole
+
+    folder = out / "tables"
+    markdown, csv = (folder / f"{suite.name}-ratios.{ending}" for ending in ("md", "csv"))
+    text = frame.to_markdown(index=False, disable_numparse=True)
+    write_whole("\n\n".join([f"# {title}", text, *notes]) + "\n", markdown)
+    write_whole(frame.to_csv(index=False), csv)
+    return markdown, csv
 
 
 def compared(setting: dict[str, Any], records: Sequence[Record]) -> list[dict[str, str]]:

@@ -24,16 +24,26 @@ class MixedRecordsError(ValueError):
 
 def require_comparable(records: Sequence[Record]) -> None:
     """Raises MixedRecordsError unless all are of one suite hash, world and hardware."""
-    _require_one("suite hash", records, lambda record: record.suite_hash)
+    require_one("suite hash", records, lambda record: record.suite_hash)
     measured = [record for record in records if record.status == "ok"]
-    _require_one("embedded world", measured, lambda record: record.world)
-    _require_one("hardware", measured, lambda record: record.environment.hardware)
+    require_one("embedded world", measured, lambda record: record.world)
+    require_one("hardware", measured, hardware)
 
 
-def _require_one(what: str, records: Sequence[Record], key: Callable[[Record], Any]) -> None:
-    groups: dict[Any, list[str]] = {}
+def hardware(record: Record) -> str:
+    return record.environment.hardware
+
+
+def require_one(
+    what: str,
+    records: Iterable[Record],
+    key: Callable[[Record], Any],
+    named: Callable[[Record], str] = lambda record: f"{record.method_name} seed {record.seed}",
+) -> None:
+    """Raises MixedRecordsError, with each record `named`, unless `key` is the same for all."""
+    groups: dict[Any, dict[str, None]] = {}  # as sets, but in order
     for record in records:
-        groups.setdefault(key(record), []).append(f"{record.method_name} seed {record.seed}")
+        groups.setdefault(key(record), {})[named(record)] = None
     if len(groups) > 1:
         listed = "; ".join(f"{value}: {', '.join(names)}" for value, names in groups.items())
         raise MixedRecordsError(f"records of different {what} do not share a table ({listed})")

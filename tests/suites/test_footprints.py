@@ -5,11 +5,13 @@ import dataclasses
 import pandas as pd
 import pytest
 
-from suites import footprints
+from suites import footprints, record
 from suites.catalog import SUITES
 from suites.methods import METHODS
+from suites.overrides import override
+from suites.plan import plan
 from suites.record import PhaseCost
-from tests.suites.arena import cell, finished
+from tests.suites.arena import ENVIRONMENT, cell, finished
 
 
 def test_a_grid_runs_and_leaves_one_table_of_ratios(tmp_path, monkeypatch, capsys):
@@ -28,6 +30,23 @@ def test_a_grid_runs_and_leaves_one_table_of_ratios(tmp_path, monkeypatch, capsy
 
 
 SUITE = SUITES["footprint_tiny"]
+METHODS_OF_GRID = ("lora", "lora-bf16", "spiel")
+ON_GPU = dataclasses.replace(ENVIRONMENT, gpus=("A GPU",), device="cuda:0")
+
+
+def fill(out, made=lambda setting, record: record):
+    """Writes a grid of budgets whose records are as `made` makes them, None for none."""
+    for setting in footprints.settings(["budget"]):
+        for each in plan(override(SUITE, **setting), METHODS_OF_GRID, (0,)):
+            if (found := made(setting, finished(each, scores={}))) is not None:
+                record.write(found, each.record_path(out))
+
+
+def present(out, capsys):
+    """Status, what is printed, and the rows of the table, if there is one."""
+    status = footprints.present(SUITE, METHODS_OF_GRID, ["budget"], out)
+    path = out / "tables" / "footprint_tiny-ratios.csv"
+    return status, capsys.readouterr().out, pd.read_csv(path) if path.exists() else None
 
 
 def test_a_method_that_did_not_fit_is_in_the_table():
@@ -38,9 +57,18 @@ def test_a_method_that_did_not_fit_is_in_the_table():
     assert rows[0]["quantize"] == "4bit"
 
 
-def test_a_setting_without_lora_has_its_rows():
-    (row,) = footprints.compared({}, [finished(cell("spiel", suite=SUITE))])
-    assert list(row.values()) == ["spiel", "100.0", "-", "2", "-"]
+def test_a_setting_without_lora_has_no_ratios_but_its_rows(tmp_path, capsys):
+    def without_lora(setting, found):
+        is_lost = setting["budget"] == "r16" and found.method_name in footprints.RIVALS
+        return dataclasses.replace(found, status="oom") if is_lost else found
+
+    fill(tmp_path, without_lora)
+    status, _, rows = present(tmp_path, capsys)
+    rows = rows[rows["budget"] == "r16"].set_index("method")
+    assert status == 1
+    assert list(rows.index) == list(METHODS_OF_GRID)
+    assert rows.loc["spiel"].tolist() == ["r16", "100.0", "-", "2", "-"]
+    assert rows.loc["lora"].tolist() == ["r16", "-", "oom", "-", "oom"]
 
 
 @pytest.mark.parametrize("peak_bytes", [0, None])
@@ -48,6 +76,70 @@ def test_a_rival_without_a_peak_gives_no_ratio_of_memory(peak_bytes):
     lora = finished(cell("lora", suite=SUITE), phases={"train": PhaseCost(1.0, peak_bytes)})
     row = footprints.compared({}, [lora, finished(cell("spiel", suite=SUITE))])[1]
     assert (row["time x lora"], row["MiB"], row["memory x lora"]) == ("1.000", "2", "-")
+
+
+@pytest.mark.parametrize(
+    ("is_elsewhere", "named"),
+    [
+        (lambda each: each.suite_name.endswith("r8"), "footprint_tiny-budget-r8;"),
+        (lambda each: each.method_name == "spiel", "spiel seed 0)"),
+    ],
+    ids=["between settings", "in each setting"],
+)
+def test_a_grid_of_two_machines_has_no_table(is_elsewhere, named, tmp_path, capsys):
+    def made(setting, found):
+        return dataclasses.replace(found, environment=ON_GPU) if is_elsewhere(found) else found
+
+    fill(tmp_path, made)
+    status, printed, rows = present(tmp_path, capsys)
+    assert (status, rows) == (1, None)
+    (line,) = printed.splitlines()
+    assert line.startswith("no table: records of different hardware do not share a table (A CPU, ")
+    assert f"A GPU, on cuda:0: {named}" in line
+
+
+def test_a_cell_that_failed_elsewhere_is_in_the_table(tmp_path, capsys):
+    def made(setting, found):
+        is_lost = setting["budget"] == "r8" and found.method_name == "spiel"
+        changes = {"status": "oom", "environment": ON_GPU} if is_lost else {}
+        return dataclasses.replace(found, **changes)
+
+    fill(tmp_path, made)
+    status, _, rows = present(tmp_path, capsys)
+    assert (status, len(rows)) == (1, 9)
+
+
+def test_every_revision_of_the_code_is_told(tmp_path, capsys):
+    newer = dataclasses.replace(ENVIRONMENT, git_revision="f" * 40)
+
+    def made(setting, found):
+        return (
+            dataclasses.replace(found, environment=newer) if setting["budget"] == "r64" else found
+        )
+
+    fill(tmp_path, made)
+    status, printed, _ = present(tmp_path, capsys)
+    written = (tmp_path / "tables" / "footprint_tiny-ratios.md").read_text()
+    assert status == 0
+    for text in (printed, written):
+        assert "revision 0123456789ab." in text and "revision ffffffffffff." in text
+
+
+def test_cells_that_are_missing_are_told(tmp_path, capsys):
+    def made(setting, found):
+        return None if setting["budget"] == "r16" and found.method_name == "spiel" else found
+
+    fill(tmp_path, made)
+    status, printed, rows = present(tmp_path, capsys)
+    lost = plan(override(SUITE, budget="r16"), ["spiel"], (0,))[0].record_path(tmp_path)
+    assert (status, len(rows)) == (1, 8)
+    assert f"not counted: {lost}" in printed
+    assert f"not counted: {lost}" in (tmp_path / "tables/footprint_tiny-ratios.md").read_text()
+
+
+def test_a_grid_without_records_has_no_table(tmp_path, capsys):
+    status, printed, rows = present(tmp_path, capsys)
+    assert (status, rows, printed.count("not counted: ")) == (1, None, 9)
 
 
 def test_every_flag_left_out_or_given_is_what_anybody_could_type():
