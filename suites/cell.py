@@ -207,7 +207,13 @@ def _evaluate(work: Work, contestant: Contestant, materials: Materials) -> None:
             suite.allow_code_execution,
             lambda name: work.report(Report(f"evaluate {name}")),
         )
-    work.parts["scores"] = {task.name: task_score(task, scores[task.name]) for task in tasks}
+    flaws = {name: flaw for name, score in scores.items() if (flaw := score.flaw())}
+    work.parts["scores"] = {
+        task.name: task_score(task, scores[task.name]) for task in tasks if task.name not in flaws
+    }
+    if flaws:  # which no record can hold
+        told = [f"task {name} scored {flaw}" for name, flaw in flaws.items()]
+        raise train.DivergedError("; ".join(told))
 
 
 def diagnose(error: Exception) -> tuple[str, str]:

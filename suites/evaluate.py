@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import random
 import statistics
@@ -44,6 +45,15 @@ class Score:
     @property
     def num_items(self) -> int:
         return len(self.per_item)
+
+    def flaw(self) -> str:
+        """The first value that is no finite number, as `nan on item 0`; "" if there is none."""
+        asked = [name for name, num in self.subtasks.items() for _ in range(num)]
+        for index, value in enumerate(self.per_item):
+            if not math.isfinite(value):
+                subtask = f" of {asked[index]}" if len(self.subtasks) > 1 else ""
+                return f"{value} on item {self.doc_ids[index]}{subtask}"
+        return "" if math.isfinite(self.value) else str(self.value)
 
 
 def evaluate(

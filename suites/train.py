@@ -22,7 +22,7 @@ CHECKPOINTING = {"use_reentrant": False}
 
 
 class DivergedError(ArithmeticError):
-    """The loss is no longer a finite number; the message says at which step."""
+    """The loss or a score is not a finite number; the message says where."""
 
 
 class LossWatch(TrainerCallback):

@@ -53,7 +53,7 @@ def _work(
         sys.exit(1)
     try:
         record.write(outcome, cell.record_path(out))
-    except (OSError, ValueError) as error:
+    except OSError as error:
         connection.send(Unwritten(str(error)))
         return
     if outcome.status in ("ok", "diverged"):  # what else there is may end better another time

@@ -10,7 +10,7 @@ from suites import cell as cell_module
 from suites import record
 from suites.distributed import Rank
 from suites.plan import Execution
-from suites.suite import Recipe
+from suites.suite import Recipe, Task
 from suites.train import DivergedError
 from tests.suites.arena import cell, small_suite
 
@@ -105,6 +105,28 @@ def test_divergence_is_in_the_record(run_small):
     found, _ = run_small("diverging")
     assert (found.status, found.reason) == ("diverged", "the loss is nan at step 1")
     assert len(found.training.step_seconds) == 1
+
+
+def odd_task(world_folder, folder, name, scored):
+    """Adds to `folder` a task of the world's questions whose items score as `scored` says."""
+    text = (world_folder / "tasks" / "world_target.yaml").read_text()
+    text = text.replace("task: world_target\n", f"task: {name}\n")
+    text = text.replace("../data", str(world_folder / "data"))
+    (folder / f"{name}.yaml").write_text(f"{text}process_results: !function {name}.score\n")
+    code = f"def score(doc, results):\n    return {{'acc': {scored}}}\n"
+    (folder / f"{name}.py").write_text(code)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_score_that_is_not_finite_is_in_the_record(run_small, world_folder, tmp_path, value):
+    odd_task(world_folder, tmp_path, "odd", f"float('{value}')")
+    odd_task(world_folder, tmp_path, "sane", "1.0")
+    tasks = tuple(Task(name, "acc,none", "target") for name in ("odd", "sane"))
+    found, _ = run_small("base", suite=small_suite(tasks=tasks, task_folder=str(tmp_path)))
+    assert (found.status, found.reason) == ("diverged", f"task odd scored {value} on item 0")
+    assert list(found.scores) == ["sane"]
+    record.write(found, tmp_path / "r.json")
+    assert record.read(tmp_path / "r.json") == found
 
 
 def test_a_missing_metric_is_an_error(run_small):

@@ -241,6 +241,19 @@ def test_child_that_cannot_write_says_so(tmp_path, monkeypatch, world_folder):
     assert "No space left" in sent[-1].problem
 
 
+def test_a_fault_of_the_record_is_no_full_disk(tmp_path, monkeypatch, world_folder):
+    def refuse(found, path):
+        raise ValueError("Out of range float values are not JSON compliant: nan")
+
+    sent = []
+    connection = type("Connection", (), {"send": staticmethod(sent.append)})
+    monkeypatch.setattr(record, "write", refuse)
+    monkeypatch.setattr(workers, "_begin", lambda log: None)
+    with pytest.raises(ValueError, match="JSON"):  # ends the child: the runner records that
+        workers.run_cell(cell("base"), world_folder, tmp_path, Execution(), Rank(), connection)
+    assert not any(isinstance(word, messages.Unwritten) for word in sent)
+
+
 def test_interruption_keeps_a_finished_record(tmp_path):
     before = finished(cell())
     record.write(before, cell().record_path(tmp_path))
