@@ -42,7 +42,7 @@ def read(path: Path) -> tuple[str, str | None, dict[str, Any]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -50,6 +50,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
         raise ValueError(f'{path} has no "peft_type", as "LORA"')
     return values
+
+
+def _refuse(constant: str) -> None:
+    """Of NaN and the infinities, which Python reads and no record can hold."""
+    raise ValueError(f"{constant} is no number")
 
 
 def _check(path: Path, peft_type: str, config: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from suites.budget import Budget
 from suites.sources import RANDOM_TOKENS, SPLITS, DataSource, ModelSource, Task
-from suites.values import added, hashed_values, require, short_hash
+from suites.values import added, hashed_values, require, require_finite, short_hash
 from suites.world import World
 
 #: A path that starts so lies in the folder that the suite's embedded world was written to.
@@ -55,6 +55,7 @@ class Recipe:
             f"lr_scheduler_type {self.lr_scheduler_type!r} is not one of {', '.join(SCHEDULES)}",
         )
         require(0 <= self.warmup_ratio < 1, f"warmup_ratio {self.warmup_ratio} is not in [0, 1)")
+        require_finite("max_grad_norm", self.max_grad_norm)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Tuning:
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        require_finite("lr", self.lr)
+        require_finite("weight_decay", self.weight_decay)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,11 @@ def require(condition: bool, message: str) -> None:
     """Raises ValueError with `message` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
+
+
+def require_finite(name: str, value: float) -> None:
+    """Raises ValueError for a value that no record can hold."""
+    require(math.isfinite(value), f"{name} must be finite, got {value}")
 
 
 def added(default: Any) -> Any:

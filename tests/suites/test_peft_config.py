@@ -72,6 +72,7 @@ def test_what_peft_saved_can_be_read(write, tmp_path):
     ("values", "message"),
     [
         ("{", "adapter_config.json is not JSON"),
+        ('{"peft_type": "LORA", "lora_alpha": NaN}', "is not JSON: NaN is no number"),
         ("[]", 'has no "peft_type"'),
         ({"r": 8}, 'has no "peft_type"'),
         ({"peft_type": "LARA"}, "peft_type 'LARA' is unknown to this peft, which has ADALORA, "),

@@ -1,6 +1,7 @@
 """Suites are checked when made, and their hash says what may be compared."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,10 @@ def test_budget_is_rank_times_the_sides_of_its_targets():
         (lambda: Recipe(1, 1, warmup_ratio=1.0), r"warmup_ratio 1.0 is not in \[0, 1\)"),
         (lambda: Budget(0, ("q_proj",)), "lora_rank must be positive, got 0"),
         (lambda: Budget(1, ()), "target_modules is empty"),
+        (lambda: Recipe(1, 1, max_grad_norm=math.inf), "max_grad_norm must be finite, got inf"),
         (lambda: Tuning(lr=0.0), "lr must be positive, got 0.0"),
+        (lambda: Tuning(lr=math.inf), "lr must be finite, got inf"),
+        (lambda: Tuning(1e-3, math.nan), "weight_decay must be finite, got nan"),
         (lambda: small_suite(tasks=(RETENTION,)), "no target task"),
         (lambda: small_suite(seeds=()), "no seeds"),
         (lambda: small_suite(seeds=(0, 0, 0)), r"seeds are \(0, 0, 0\); allowed: .* each once"),
