@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -16,7 +17,8 @@ from suites.provenance import Environment
 from suites.record import PhaseCost, now, write_whole
 from suites.steps import StepMeter
 
-#: Written last: a checkpoint without it was not finished.
+#: Written last: a checkpoint without it was not finished. It knows the sizes of the other files,
+#: since a disk may lose what was written to them when the power fails.
 HISTORY = "history.json"
 
 
@@ -75,10 +77,13 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._saved_at = time.monotonic()
+        _wait_for_ranks()  # each of them writes a file of its own
         if not self.is_main:
             return
         newest = self.folder / f"checkpoint-{state.global_step}"
-        values = {"made_by": self.made_by, "history": dataclasses.asdict(self._now())}
+        _flush(newest)
+        history = dataclasses.asdict(self._now())
+        values = {"made_by": self.made_by, "sizes_bytes": _sizes(newest), "history": history}
         write_whole(json.dumps(values), newest / HISTORY)
         for older in self.folder.glob("checkpoint-*"):
             if older != newest:
@@ -118,7 +123,7 @@ class Checkpoints(TrainerCallback):
                 values = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
                 continue  # a disk that lost what was written to it
-            if values["made_by"] == self.made_by:
+            if values["made_by"] == self.made_by and _is_whole(path.parent, values):
                 found.append((int(path.parent.name.partition("-")[2]), path.parent, values))
         if not found:
             return None
@@ -129,3 +134,32 @@ class Checkpoints(TrainerCallback):
             history[name] = tuple(history[name])
         history["resumed_at"] += (step,)
         return History(**history)
+
+
+def _wait_for_ranks() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+def _files(folder: Path) -> list[Path]:
+    """Those of the checkpoint in `folder`, without its history."""
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != HISTORY]
+
+
+def _flush(folder: Path) -> None:
+    """Has the disk hold what was written to the files of `folder`."""
+    for path in _files(folder):
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
+
+
+def _is_whole(folder: Path, values: dict[str, Any]) -> bool:
+    """Whether the files of `folder` are as large as its history says."""
+    sizes = values.get("sizes_bytes")
+    return sizes is not None and sizes.items() <= _sizes(folder).items()

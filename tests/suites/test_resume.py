@@ -8,18 +8,23 @@ import subprocess
 import sys
 import time
 from multiprocessing import forkserver
+from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed as dist
+from transformers import TrainerState
 
 from suites import record, runner
 from suites.checkpoint import HISTORY, Checkpoints
 from suites.embedded import default_cache_dir
+from suites.measure import Meter
 from suites.methods import METHODS
 from suites.overrides import override
 from suites.plan import Execution, plan
 from suites.progress import LineProgress
 from suites.record import PhaseCost
+from suites.steps import StepMeter
 from suites.suite import Recipe
 from tests.suites.arena import ENVIRONMENT, cell, small_suite
 
@@ -138,9 +143,11 @@ def checkpoints(folder, **changes):
 def write_history(folder, step, by):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
+    (path / "optimizer.pt").write_bytes(bytes(100))
     history = dataclasses.replace(by.history, cost=PhaseCost(2.0, 3), folder=None)
-    history = dataclasses.asdict(history)
-    (path / HISTORY).write_text(json.dumps({"made_by": by.made_by, "history": history}))
+    values = {"made_by": by.made_by, "sizes_bytes": {"optimizer.pt": 100}}
+    values["history"] = dataclasses.asdict(history)
+    (path / HISTORY).write_text(json.dumps(values))
 
 
 def test_the_newest_whole_checkpoint_is_gone_on_from(tmp_path):
@@ -164,6 +171,63 @@ def test_a_damaged_history_is_no_checkpoint(tmp_path):
     write_history(tmp_path, 9, checkpoints(tmp_path))
     os.truncate(tmp_path / "checkpoint-9" / HISTORY, 20)
     assert checkpoints(tmp_path).history.folder is None
+
+
+def lose(path):
+    os.truncate(path, 10)
+
+
+@pytest.mark.parametrize("damage", [lose, Path.unlink])
+def test_a_checkpoint_that_lost_data_is_passed_over(tmp_path, damage):
+    for step in (9, 10):
+        write_history(tmp_path, step, checkpoints(tmp_path))
+    damage(tmp_path / "checkpoint-10" / "optimizer.pt")
+    assert checkpoints(tmp_path).history.folder == tmp_path / "checkpoint-9"
+    damage(tmp_path / "checkpoint-9" / "optimizer.pt")
+    assert checkpoints(tmp_path).history.folder is None
+
+
+def test_a_checkpoint_that_does_not_know_its_files_is_passed_over(tmp_path):
+    write_history(tmp_path, 9, checkpoints(tmp_path))
+    path = tmp_path / "checkpoint-9" / HISTORY
+    values = json.loads(path.read_text())
+    del values["sizes_bytes"]
+    path.write_text(json.dumps(values))
+    assert checkpoints(tmp_path).history.folder is None
+
+
+def save(saving, step, monkeypatch):
+    monkeypatch.setattr(Meter, "cost_so_far", lambda self: PhaseCost(2.0, 3))
+    saving.attach(Meter("cpu", lambda phase: None), StepMeter("cpu"))
+    saving.on_save(None, TrainerState(global_step=step), None)
+
+
+def test_a_saved_checkpoint_is_on_the_disk_before_its_history(tmp_path, monkeypatch):
+    newest, flushed = tmp_path / "checkpoint-3", []
+
+    def fsync(descriptor):
+        flushed.append((os.fstat(descriptor).st_ino, (newest / HISTORY).exists()))
+
+    (newest / "second_adapter").mkdir(parents=True)
+    paths = [newest / "optimizer.pt", newest / "second_adapter" / "adapter_config.json"]
+    for path in paths:
+        path.write_bytes(bytes(5))
+    monkeypatch.setattr(os, "fsync", fsync)
+    save(checkpoints(tmp_path), 3, monkeypatch)
+    assert {(path.stat().st_ino, False) for path in paths} <= set(flushed)
+    found = checkpoints(tmp_path).history
+    assert (found.folder, found.resumed_at) == (newest, (3,))
+
+
+def test_ranks_have_written_their_files_before_the_history_is(tmp_path, monkeypatch):
+    newest, seen = tmp_path / "checkpoint-3", []
+    newest.mkdir()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "barrier", lambda: seen.append((newest / HISTORY).exists()))
+    other = Checkpoints(tmp_path, 60.0, ENVIRONMENT, "world-1", is_main=False)
+    for each in (checkpoints(tmp_path), other):
+        save(each, 3, monkeypatch)
+    assert seen == [False, True]
 
 
 def test_force_begins_anew(tmp_path):
