@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,22 +50,23 @@ def require_one(
         raise MixedRecordsError(f"records of different {what} do not share a table ({listed})")
 
 
-def frame(records: Sequence[Record]) -> pd.DataFrame:
-    """One row a method, in the order of the records; plain numbers, bytes and seconds.
+def frame(records: Sequence[Record], planned: Mapping[str, int] | None = None) -> pd.DataFrame:
+    """One row a method; plain numbers, bytes and seconds.
 
-    Raises MixedRecordsError for records that do not belong together.
+    `planned` is how many seeds each method was to have, in the order of the rows; those that the
+    `records` are of if None. Raises MixedRecordsError for records that do not belong together.
     """
     require_comparable(records)
-    methods = dict.fromkeys(record.method_name for record in records)
+    planned = planned or Counter(record.method_name for record in records)
     base = [
         record for record in records if record.method_name == BASELINE and record.status == "ok"
     ]
     base_seconds = by_seed(base, BASELINE, step_seconds)
     rows = []
-    for method in methods:
+    for method, num_seeds in planned.items():
         own = [record for record in records if record.method_name == method]
         ok = [record for record in own if record.status == "ok"]
-        row = {"method": method, "num_seeds": len(own), "num_ok": len(ok)}
+        row = {"method": method, "num_seeds": num_seeds, "num_ok": len(ok)}
         row["failures"] = [
             f"seed {record.seed} {record.status}: {record.reason}"
             for record in own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,12 +25,13 @@ def present(cells: Sequence[Cell], out: Path) -> int:
     """Prints and writes the table of `cells`; 0 if all of them are ok and comparable, else 1."""
     console = make_console()
     records, problems = load(cells, out)
+    problems = [f"not counted: {problem}" for problem in problems]
     for problem in problems:
-        say(console, f"not counted: {problem}")
+        say(console, problem)
     if not records:
         return 1
     try:
-        frame = report.frame(records)
+        frame = report.frame(records, Counter(cell.method for cell in cells))
     except report.MixedRecordsError as error:
         say(console, f"no table: {error}")
         return 1
@@ -43,7 +45,7 @@ def present(cells: Sequence[Cell], out: Path) -> int:
     path_of = {cell.hash: cell.record_path(out) for cell in cells}
     files = {path_of[record.cell_hash]: record for record in records}
     try:
-        paths = documents.write(suite, tables, notes, frame, files, out)
+        paths = documents.write(suite, tables, notes + problems, frame, files, out)
     except OSError as error:
         say(console, f"the table cannot be written: {error}")
         return 1

@@ -201,6 +201,27 @@ def test_exit_status_follows_the_cells(tmp_path, capsys):
     assert f"not counted: {cells[1].record_path(tmp_path)}" in capsys.readouterr().out
 
 
+def test_seeds_that_are_missing_or_damaged_are_told(tmp_path, capsys):
+    cells = [cell(method, seed=seed) for seed in range(3) for method in ("full", "lora", "spiel")]
+    lora = [each for each in cells if each.method == "lora"]
+    write_all([finished(lora[0]), finished(lora[1])], lora[:2], tmp_path)
+    lora[1].record_path(tmp_path).write_text("{")
+    full = [each for each in cells if each.method == "full"]
+    write_all([finished(each) for each in full], full, tmp_path)
+
+    assert table.present(cells, tmp_path) == 1
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines()]
+    seeds = [[part.strip() for part in line[1:3]] for line in lines if "/3 " in "".join(line[2:3])]
+    assert seeds == [["full", "3/3"], ["lora", "1/3"], ["spiel", "0/3"]]
+    csv = pd.read_csv(tmp_path / "tables" / "small.csv")
+    assert csv["num_seeds"].tolist() == [3, 3, 3]
+    assert csv["num_ok"].tolist() == [3, 1, 0]
+    for ending in ("md", "tex", "html"):
+        text = (tmp_path / "tables" / f"small.{ending}").read_text()
+        assert text.count("not counted: ") == 5
+        assert lora[2].record_path(tmp_path).name in text
+
+
 def test_table_of_failures_alone_tells_them(tmp_path, capsys):
     record.write(failed("lora", 0), cell().record_path(tmp_path))
     assert table.present([cell()], tmp_path) == 1
