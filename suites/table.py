@@ -17,6 +17,8 @@ from suites.record import DamagedRecordError, Record, read
 MIB = 2**20
 UNMATCHED = "†"
 SIGNIFICANT = "*"
+#: Where seeds alone decide, three of one sign are enough for a star, and chance makes 1 in 4 so.
+CAVEAT = "not corrected for the number of comparisons, and too easy with few seeds that differ much"
 #: How many times as slow a machine may be at one time as at another before its table warns.
 SPEED_LIMIT = 1.25
 
@@ -181,7 +183,7 @@ def footnotes(frame: pd.DataFrame, records: Sequence[Record]) -> list[str]:
     if frame[[f"{role}_minus_{report.BASELINE}" for role in report.ROLES]].notna().any(axis=None):
         notes.append(
             f"vs {report.BASELINE}: target / retention above {report.BASELINE}'s, paired by item "
-            f"and seed; {SIGNIFICANT} p < {stats.SIGNIFICANCE:g} (two-way bootstrap)."
+            f"and seed; {SIGNIFICANT} p < {stats.SIGNIFICANCE:g} (two-way bootstrap), {CAVEAT}."
         )
     if (frame["num_ok"] == 1).any():
         notes.append("One seed has no interval; use several before any claim.")

@@ -369,7 +369,11 @@ def test_methods_are_compared_with_lora_item_by_item():
     assert pd.isna(row_of(frame, "lora")["target_minus_lora"])
     words = dict(zip(frame["method"], table.quality(frame)["vs lora"], strict=True))
     assert words == {"lora": "-", "spiel": "+0.700* / +0.000"}
-    assert any("two-way bootstrap" in note for note in table.footnotes(frame, lora + spiel))
+    (note,) = [each for each in table.footnotes(frame, lora + spiel) if "bootstrap" in each]
+    assert "* p < 0.05" in note
+    assert "not corrected for the number of comparisons" in note and "few seeds" in note
+    alone = table.footnotes(report.frame(lora), lora)
+    assert not any("bootstrap" in each or "comparisons" in each for each in alone)
 
 
 def of_two_subtasks(of, few, many, **changes):
