@@ -143,7 +143,7 @@ def tabulated(found: Sequence[tuple[dict[str, Any], Sequence[Record]]]) -> pd.Da
 
 def footnotes(records: Sequence[Record]) -> list[str]:
     """The machine, each revision of the code, and how steady the machine was."""
-    from suites.table import speed, where
+    from suites.notes import speed, where
 
     return [*sorted({where(each) for each in records if each.environment}), *speed(records)]
 

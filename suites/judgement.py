@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from suites import report, stats
+from suites.notes import speed, where
 from suites.record import Record
 from suites.report import BASELINE, ROLES
 from suites.report import MixedRecordsError as MixedRecordsError
-from suites.table import MIB, number, speed, where
+from suites.table import MIB, number
 
 BETTER, SAME, WORSE, UNJUDGED = "better", "same", "WORSE", "-"
 

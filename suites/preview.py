@@ -15,10 +15,11 @@ from suites import runner
 from suites.distributed import check_device, share
 from suites.estimate import Estimate, earlier_records, estimate, seconds
 from suites.hub import MISSING, missing_from_hub
+from suites.notes import UNMATCHED
 from suites.plan import Cell, Execution
 from suites.progress import clock
 from suites.provenance import Environment, environment
-from suites.table import MIB, UNMATCHED, drawn, make_console, say
+from suites.table import MIB, drawn, make_console, say
 
 #: Column -> the field of an Estimate.
 PARTS = {

@@ -11,16 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from suites import documents, progress, report, stats
+from suites.notes import SIGNIFICANT, UNMATCHED, footnotes
 from suites.plan import Cell, records_folder
 from suites.record import DamagedRecordError, Record, read
 
 MIB = 2**20
-UNMATCHED = "†"
-SIGNIFICANT = "*"
-#: Where seeds alone decide, three of one sign are enough for a star, and chance makes 1 in 4 so.
-CAVEAT = "not corrected for the number of comparisons, and too easy with few seeds that differ much"
-#: How many times as slow a machine may be at one time as at another before its table warns.
-SPEED_LIMIT = 1.25
 
 
 def present(cells: Sequence[Cell], out: Path) -> int:
@@ -167,89 +162,6 @@ def spread(row: dict, name: str, style: str, scale: float = 1) -> str:
     if half_width is None or pd.isna(half_width) or mean == "-":
         return mean
     return f"{mean} ± {half_width * scale:{style}}"
-
-
-def footnotes(frame: pd.DataFrame, records: Sequence[Record]) -> list[str]:
-    """What must be known to read the table, and what went wrong."""
-    notes = [
-        f"{metrics(records)}±: half the 95 % interval over seeds. MiB: peak of a phase, beyond "
-        "what the libraries hold; kept for the backward pass; state of the optimizer; files to "
-        "keep."
-    ]
-    asked = {record.size.num_asked for record in records if record.size and record.size.num_asked}
-    budget = f"the budget of {asked.pop():,} weights" if asked else "a budget"
-    if not all(frame["matched"]):
-        notes.append(f"{UNMATCHED} not matched to {budget}.")
-    if frame[[f"{role}_minus_{report.BASELINE}" for role in report.ROLES]].notna().any(axis=None):
-        notes.append(
-            f"vs {report.BASELINE}: target / retention above {report.BASELINE}'s, paired by item "
-            f"and seed; {SIGNIFICANT} p < {stats.SIGNIFICANCE:g} (two-way bootstrap), {CAVEAT}."
-        )
-    if (frame["num_ok"] == 1).any():
-        notes.append("One seed has no interval; use several before any claim.")
-    notes += sorted({where(record) for record in records if record.environment})
-    notes += speed(records)
-    for row in frame.to_dict("records"):
-        notes += [f"{row['method']}: {failure}" for failure in row["failures"]]
-    return notes
-
-
-def metrics(records: Sequence[Record]) -> str:
-    """`target: accuracy; retention: byte likelihood. `; nothing where there are no scores.
-
-    Several metrics of a role are named with their tasks.
-    """
-    said: dict[str, list[str]] = {}
-    for role in report.ROLES:
-        tasks: dict[str, dict[str, None]] = {}  # by metric; as sets, but in order
-        for record in records:
-            for task, score in record.scores.items():
-                if score.role == role:
-                    tasks.setdefault(_metric(score.metric), {})[task] = None
-        named = [f"{metric} ({', '.join(names)})" for metric, names in tasks.items()]
-        text = f"mean of {', '.join(named)}" if len(named) > 1 else "".join(tasks)
-        said.setdefault(text, []).append(role)
-    phrases = [f"{', '.join(roles)}: {text}" for text, roles in said.items() if text]
-    return f"{'; '.join(phrases)}. " if phrases else ""
-
-
-def _metric(key: str) -> str:
-    """lm-eval's `acc,none` in words."""
-    name = key.partition(",")[0]
-    return "accuracy" if name == "acc" else name.replace("_", " ")
-
-
-def where(record: Record) -> str:
-    """The machine, and the revision of the code that the record was made with."""
-    environment = record.environment
-    revision = (environment.git_revision or "unknown")[:12]
-    changed = ", changed" if environment.git_dirty else ""
-    return f"{environment.hardware}; revision {revision}{changed}."
-
-
-def speed(records: Sequence[Record]) -> list[str]:
-    """How far the machine's own speed differed between the records, if they tell; a warning where
-    it was too far.
-    """
-    products = [
-        seconds
-        for record in records
-        if record.status == "ok"
-        for seconds in record.training.yardstick_seconds
-    ]
-    if not products:
-        return []
-    low, high = min(products), max(products)
-    note = (
-        f"The machine: one and the same matrix product took {1e3 * low:.3g} to {1e3 * high:.3g} ms "
-        "before and after training."
-    )
-    if high > SPEED_LIMIT * low:
-        note += (
-            f" Its speed differed {high / low:.1f}-fold: do not compare run times, but measure "
-            "them again while nothing else runs."
-        )
-    return [note]
 
 
 def drawn(title: str, table: pd.DataFrame) -> Table:

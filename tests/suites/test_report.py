@@ -9,7 +9,7 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from suites import catalog, documents, record, report, search, table
+from suites import catalog, documents, notes, record, report, search, table
 from suites.catalog import SUITES
 from suites.record import Record
 from suites.suite import Tuning
@@ -81,10 +81,10 @@ def test_marks_and_notes():
     frame = report.frame(records)
     weights = dict(zip(frame["method"], table.quality(frame)["weights"], strict=True))
     assert weights == {"full": "100†", "spiel": "90†", "lora": "100"}
-    notes = table.footnotes(frame, records)
-    assert "† not matched to the budget of 100 weights." in notes
-    assert any("One seed has no interval" in note for note in notes)
-    assert any("A CPU, 2 threads" in note and "0123456789ab" in note for note in notes)
+    found = notes.footnotes(frame, records)
+    assert "† not matched to the budget of 100 weights." in found
+    assert any("One seed has no interval" in note for note in found)
+    assert any("A CPU, 2 threads" in note and "0123456789ab" in note for note in found)
 
 
 def test_a_table_tells_how_steady_the_machine_was():
@@ -94,12 +94,12 @@ def test_a_table_tells_how_steady_the_machine_was():
         )
 
     steady = [beside("lora", 0.020, 0.021), beside("spiel", 0.020, 0.022)]
-    (note,) = table.speed(steady)
+    (note,) = notes.speed(steady)
     assert "took 20 to 22 ms" in note and "differed" not in note
-    assert note in table.footnotes(report.frame(steady), steady)
-    (note,) = table.speed([*steady, beside("full", 0.022, 0.050)])
+    assert note in notes.footnotes(report.frame(steady), steady)
+    (note,) = notes.speed([*steady, beside("full", 0.022, 0.050)])
     assert "took 20 to 50 ms" in note and "differed 2.5-fold: do not compare run times" in note
-    assert table.speed([finished(cell())]) == [], "records of before yardsticks say nothing"
+    assert notes.speed([finished(cell())]) == [], "records of before yardsticks say nothing"
 
 
 def scored(of, **tasks):
@@ -113,7 +113,7 @@ def scored(of, **tasks):
 
 
 def legend(*records):
-    return table.footnotes(report.frame(records), records)[0]
+    return notes.footnotes(report.frame(records), records)[0]
 
 
 def test_the_legend_names_the_metrics_of_the_records():
@@ -137,7 +137,7 @@ def test_latex_means_what_the_table_says(tmp_path):
     records.append(finished(cell("spiel"), num_trainable=90))
     frame = report.frame(records)
     tables = {"Quality": table.quality(frame), "Cost": table.cost(frame)}
-    text = documents.latex(tables, table.footnotes(frame, records), "small_100%")
+    text = documents.latex(tables, notes.footnotes(frame, records), "small_100%")
     assert text.count(r"\begin{table}") == text.count(r"\bottomrule") == 2
     assert r"\caption{small\_100\%: quality}" in text
     assert r"method & seeds & weights & \% & lr & target & retention & vs lora \\" in text
@@ -369,10 +369,10 @@ def test_methods_are_compared_with_lora_item_by_item():
     assert pd.isna(row_of(frame, "lora")["target_minus_lora"])
     words = dict(zip(frame["method"], table.quality(frame)["vs lora"], strict=True))
     assert words == {"lora": "-", "spiel": "+0.700* / +0.000"}
-    (note,) = [each for each in table.footnotes(frame, lora + spiel) if "bootstrap" in each]
+    (note,) = [each for each in notes.footnotes(frame, lora + spiel) if "bootstrap" in each]
     assert "* p < 0.05" in note
     assert "not corrected for the number of comparisons" in note and "few seeds" in note
-    alone = table.footnotes(report.frame(lora), lora)
+    alone = notes.footnotes(report.frame(lora), lora)
     assert not any("bootstrap" in each or "comparisons" in each for each in alone)
 
 
