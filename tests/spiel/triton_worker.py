@@ -2,8 +2,6 @@
 compiled. Run by test_triton_compiling, as Triton's interpreter, once chosen, stays in its process.
 """
 
-import itertools
-
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -33,22 +31,27 @@ def machine_code(kernel, dtypes, sizes, constants, capability, num_warps=4):
 
 def main():
     assert not kernels.INTERPRETED
-    for capability, sizes in ((80, "i32"), (90, "i32"), (90, "i64")):  # Ampere, Hopper
-        for dtype in FLOATS:
-            size = machine_code(kernels._transpose_kernel, [dtype] * 2, sizes, [64], capability)
-            print("transpose", dtype, sizes, capability, size)
-            pointers = [dtype, dtype, "i32", "fp32"]
-            size = machine_code(kernels._sampled_kernel, pointers, sizes, [8, 256], capability)
-            print("sampled", dtype, sizes, capability, size)
-            pointers = [dtype, "i32", dtype, "fp32"]
-            constants = [tl.float32, kernels._WRITE_BLOCK]
-            size = machine_code(kernels._write_kernel, pointers, sizes, constants, capability)
-            print("write", dtype, sizes, capability, size)
-    pointers = ["bf16", "bf16", "i32", "fp32"]
-    for (*blocks, num_warps), index in itertools.product(kernels._CONFIGS, ("i32", "i64")):
-        pointers[2] = index
+    # Hopper, and Ampere; sizes beyond 2^31.
+    for capability, dtype, sizes in (
+        *((90, dtype, "i32") for dtype in FLOATS),
+        (90, "bf16", "i64"),
+        (80, "bf16", "i32"),
+    ):
+        case = dtype, sizes, capability
+        pointers = [dtype] * 2
+        size = machine_code(kernels._transpose_kernel, pointers, sizes, [64], capability)
+        print("transpose", *case, size)
+        pointers = [dtype, dtype, "i32", "fp32"]
+        size = machine_code(kernels._sampled_kernel, pointers, sizes, [8, 256], capability)
+        print("sampled", *case, size)
+        pointers = [dtype, "i32", dtype, "fp32"]
+        constants = [tl.float32, kernels._WRITE_BLOCK]
+        size = machine_code(kernels._write_kernel, pointers, sizes, constants, capability)
+        print("write", *case, size)
+    pointers = ["bf16", "bf16", "i64", "fp32"]
+    for *blocks, num_warps in kernels._CONFIGS:
         size = machine_code(kernels._sampled_kernel, pointers, "i32", blocks, 90, num_warps)
-        print("sampled", *blocks, num_warps, index, size)
+        print("sampled", *blocks, num_warps, size)
     pointers = ["fp64", "i64", "fp64", "fp32"]
     constants = [tl.float64, kernels._WRITE_BLOCK]
     print("write", *pointers, machine_code(kernels._write_kernel, pointers, "i64", constants, 90))
