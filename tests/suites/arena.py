@@ -84,7 +84,7 @@ def cell(method: str = "lora", seed: int = 0, suite: Suite | None = None, **chan
     return Cell(suite, method, entry, suite.tunings.get(method), seed, **changes)
 
 
-def still_running(family: list[psutil.Process], seconds: float = 10) -> list[psutil.Process]:
+def still_running(family: list[psutil.Process], seconds: float = 60) -> list[psutil.Process]:
     """Those of `family` that have not ended after so long; a container may leave zombies."""
     deadline = time.monotonic() + seconds
     while (left := [each for each in family if _runs(each)]) and time.monotonic() < deadline:
