@@ -94,7 +94,7 @@ def speed(records: Sequence[Record]) -> list[str]:
     )
     if high > SPEED_LIMIT * low:
         note += (
-            f" Its speed differed {high / low:.1f}-fold: do not compare run times, but measure "
-            "them again while nothing else runs."
+            f" Its speed differed {high / low:.1f}-fold, and so may the run times of single cells: "
+            "compare them with care, or measure again while nothing else runs."
         )
     return [note]
