@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from spiel import ops
 from spiel.layer import SpielLinear
+from spiel.live import LiveEntries
 
 
 def is_4bit(layer: nn.Module) -> bool:
@@ -72,10 +72,7 @@ class SpielLinear4bit(SpielLinear):
 
         dense = dequantize_4bit(self._weight.data, self._packing).to(dtype)
         for name in adapters:
-            indices, deltas = self.spiel_indices[name], self.spiel_deltas[name].detach()
-            before = dense.view(-1).index_select(0, indices)
-            if not ops.write_entries(dense, indices, before, deltas):
-                dense.view(-1).scatter_(0, indices.long(), (before + deltas).to(dtype))
+            LiveEntries(dense, {name: self.spiel_indices[name]}).write(self.spiel_deltas)
         return dense
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
