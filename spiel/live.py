@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from spiel import ops
+from spiel.support import version_of
 
 #: Adapter -> deltas [k].
 Deltas = Mapping[str, torch.Tensor] | nn.ParameterDict
@@ -108,10 +109,8 @@ class LiveEntries:
             "change weights through it (model.to, load_state_dict) or with the adapter disabled"
         )
 
-    def _read_versions(self) -> list[int]:
-        # What was made in inference mode counts no versions.
-        supports = self.supports.values()
-        return [0 if indices.is_inference() else indices._version for indices in supports]
+    def _read_versions(self) -> list[int | None]:
+        return [version_of(indices) for indices in self.supports.values()]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Tensors that were copied or unpickled stand elsewhere, and count versions from 0 again.

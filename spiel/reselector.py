@@ -23,6 +23,7 @@ from spiel.optim import SpielAdamW, move_state
 from spiel.quorum import Quorum
 from spiel.reselection import Exchange, Schedule, drop, exchange, grow_by_gradients
 from spiel.sm3 import SpielSM3
+from spiel.support import version_of
 from spiel.window import GradientWindow, end_step, measure_scale
 
 
@@ -84,7 +85,7 @@ class Reselector:
             self.optimizer.register_step_post_hook(self._after_step),
         ]
         self._share_support()
-        self._supports: list[tuple[torch.Tensor, int]] = []
+        self._supports: list[tuple[torch.Tensor, int | None]] = []
         self._check_supports()
         deltas = [layer.spiel_deltas[self.adapter] for layer in self.layers.values()]
         #: Nothing was learned before, so the first reselection may replace everything.
@@ -194,10 +195,10 @@ class Reselector:
             check_momenta(self.optimizer, self.layers, self.adapter)
             self._supports = seen
 
-    def _seen_supports(self) -> list[tuple[torch.Tensor, int]]:
+    def _seen_supports(self) -> list[tuple[torch.Tensor, int | None]]:
         """Each support, and how often it was written into."""
         supports = [layer.spiel_indices[self.adapter] for layer in self.layers.values()]
-        return [(each, 0 if each.is_inference() else each._version) for each in supports]
+        return [(each, version_of(each)) for each in supports]
 
     def _check_agreement(self) -> None:
         if not is_parallel():

@@ -103,3 +103,10 @@ def find(indices: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, to
     slots = torch.searchsorted(indices, queries.to(indices.dtype))
     slots.clamp_(max=len(indices) - 1)
     return slots, indices[slots] == queries
+
+
+def version_of(indices: torch.Tensor) -> int | None:
+    """How often a support was written into; None if it was made in inference mode, which counts
+    nothing.
+    """
+    return None if indices.is_inference() else indices._version

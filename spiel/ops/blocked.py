@@ -11,7 +11,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from spiel.ranking import kth_largest, largest
-from spiel.support import index_dtype
+from spiel.support import index_dtype, version_of
 
 #: The most memory an op may take beside its operands and its result.
 WORKSPACE_BYTES = 64 * 2**20
@@ -170,8 +170,7 @@ _CUTS = WeakIdKeyDictionary()
 
 def _kept_cuts(indices: torch.Tensor, bounds: list[int]) -> list[int]:
     """`_cuts` of a support that is asked for again: on a GPU each answer waits for all its work."""
-    # What was made in inference mode counts no versions, so nothing is known of it.
-    now = None if indices.is_inference() else indices._version
+    now = version_of(indices)
     version, known_bounds, cuts = _CUTS.get(indices, (None, None, []))
     if now is None or version != now or known_bounds != bounds:
         cuts = _cuts(indices, bounds)
