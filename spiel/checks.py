@@ -11,7 +11,7 @@ from torch import nn
 from spiel.config import SpielConfig
 from spiel.layer import SpielLinear
 from spiel.optim import SpielAdamW, check_state_moves
-from spiel.optimizer import SUPPORT
+from spiel.optimizer import SpielOptimizer
 from spiel.sm3 import SpielSM3
 
 Layers = Mapping[str, SpielLinear]
@@ -101,9 +101,10 @@ def check_optimizer(
 
 def check_momenta(optimizer: torch.optim.Optimizer, layers: Layers, adapter: str) -> None:
     """Raises RuntimeError if the optimizer's momenta are of other weights than the active ones."""
+    if not isinstance(optimizer, SpielOptimizer):
+        return  # which keeps no note of it
     for name, layer in layers.items():
-        noted = optimizer.state.get(layer.spiel_deltas[adapter], {}).get(SUPPORT)
-        if noted is not None and int(noted) != int(layer.spiel_indices[adapter].sum()):
+        if not optimizer.is_of_support(layer, adapter):
             raise RuntimeError(
                 f"the support of {name} is another than when the optimizer last stepped (an "
                 "adapter was loaded, or set_support called), so its momenta are of other weights: "

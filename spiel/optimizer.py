@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from spiel.delta_layer import layer_of
+from spiel.delta_layer import DeltaLayer, layer_of
 
 #: Under this name the state of deltas tells of which support it is: the sum of its indices.
-SUPPORT = "support_sum"
+_SUPPORT = "support_sum"
 
 
 class SpielOptimizer(torch.optim.Optimizer):
@@ -63,8 +63,12 @@ class SpielOptimizer(torch.optim.Optimizer):
         """Keeps in the state of `parameter`, if it holds deltas, of which support that state is."""
         found = layer_of(parameter)
         if found is not None:
-            layer, adapter = found
-            self.state[parameter][SUPPORT] = layer.spiel_indices[adapter].sum().cpu()
+            self.state[parameter][_SUPPORT] = _support_sum(*found).cpu()
+
+    def is_of_support(self, layer: DeltaLayer, adapter: str) -> bool:
+        """Whether the state of these deltas is of the support they have, as far as it was noted."""
+        noted = self.state.get(layer.spiel_deltas[adapter], {}).get(_SUPPORT)
+        return noted is None or int(noted) == int(_support_sum(layer, adapter))
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = super().state_dict()
@@ -107,3 +111,7 @@ class SpielOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("reselector_state", None)
         self.__dict__.setdefault("loaded_reselector_state", None)
+
+
+def _support_sum(layer: DeltaLayer, adapter: str) -> torch.Tensor:
+    return layer.spiel_indices[adapter].sum()
