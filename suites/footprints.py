@@ -94,6 +94,7 @@ def command(suite: Suite, methods: Sequence[str], setting: dict[str, Any], out: 
 
 def present(suite: Suite, methods: Sequence[str], names: Sequence[str], out: Path) -> int:
     """Prints and writes the table of ratios; 0 if all cells are ok and comparable, else 1."""
+    from suites.notes import machine
     from suites.report import MixedRecordsError
     from suites.table import drawn, make_console, say
 
@@ -112,7 +113,7 @@ def present(suite: Suite, methods: Sequence[str], names: Sequence[str], out: Pat
     except MixedRecordsError as error:
         say(console, f"no table: {error}")
         return FAILED
-    title, notes = f"{suite.name}: a train step, and as a ratio to LoRA's", footnotes(records)
+    title, notes = f"{suite.name}: a train step, and as a ratio to LoRA's", machine(records)
     console.print(drawn(title, frame))
     for note in notes:
         say(console, note)
@@ -139,13 +140,6 @@ def tabulated(found: Sequence[tuple[dict[str, Any], Sequence[Record]]]) -> pd.Da
     measured = [each for _, own in found for each in own if each.status == "ok"]
     require_one("hardware", measured, hardware, named=lambda each: each.suite_name)
     return pd.DataFrame(rows)
-
-
-def footnotes(records: Sequence[Record]) -> list[str]:
-    """The machine, each revision of the code, and how steady the machine was."""
-    from suites.notes import speed, where
-
-    return [*sorted({where(each) for each in records if each.environment}), *speed(records)]
 
 
 def write(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from suites import report, stats
-from suites.notes import speed, where
+from suites.notes import machine
 from suites.record import Record
 from suites.report import BASELINE, ROLES
 from suites.report import MixedRecordsError as MixedRecordsError
@@ -209,8 +209,8 @@ def notes(findings: Sequence[Finding]) -> list[str]:
 
 def machines(now: Sequence[Record], before: Sequence[Record]) -> list[str]:
     """Where and by which code each was made, and how steady the machine was."""
-    notes = []
-    for name, records in {"before": before, "now": now}.items():
-        places = sorted({where(each) for each in records if each.environment})
-        notes += [f"{name}: {note}" for note in [*places, *speed(records)]]
-    return notes
+    return [
+        f"{name}: {note}"
+        for name, records in {"before": before, "now": now}.items()
+        for note in machine(records)
+    ]

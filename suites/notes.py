@@ -35,8 +35,7 @@ def footnotes(frame: pd.DataFrame, records: Sequence[Record]) -> list[str]:
         )
     if (frame["num_ok"] == 1).any():
         notes.append("One seed has no interval; use several before any claim.")
-    notes += sorted({where(record) for record in records if record.environment})
-    notes += speed(records)
+    notes += machine(records)
     for row in frame.to_dict("records"):
         notes += [f"{row['method']}: {failure}" for failure in row["failures"]]
     return notes
@@ -65,6 +64,12 @@ def _metric(key: str) -> str:
     """lm-eval's `acc,none` in words."""
     name = key.partition(",")[0]
     return "accuracy" if name == "acc" else name.replace("_", " ")
+
+
+def machine(records: Sequence[Record]) -> list[str]:
+    """Where and by which code the records were made, and how steady the machine was."""
+    places = {where(record) for record in records if record.environment}
+    return [*sorted(places), *speed(records)]
 
 
 def where(record: Record) -> str:
