@@ -18,7 +18,6 @@ from spiel import ops
 from spiel.budget import share_out
 from spiel.callback import SpielCallback
 from spiel.config import SpielConfig
-from spiel.model import spiel_layers
 from spiel.optim import SpielAdamW
 from spiel.sm3 import SpielSM3
 
@@ -83,8 +82,8 @@ class Spiel:
             task_type="CAUSAL_LM",
         )
         adapted = get_peft_model(model, config)
-        layers = spiel_layers(adapted)[1].values()
-        sizes = [(len(*each.spiel_deltas.values()), math.prod(each.shape)) for each in layers]
+        made = adapted.active_peft_config
+        sizes = [(k, math.prod(made.weight_shapes[name])) for name, k in made.num_deltas.items()]
         ops.settle(adapted.device, adapted.dtype, sizes)
         num_trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         return SpielContestant(adapted, [SpielCallback()], num_trainable, self.growth)
