@@ -60,8 +60,13 @@ def _state(folder: Path) -> str:
 def _questions(folder: Path) -> str:
     """Of all in `folder`, and of what its YAML files name elsewhere, as data files often are."""
     files = _files(folder)
-    for file in [file for name, file in files.items() if name.endswith("yaml")]:
-        for text, path in _named(file):
+    yaml_files = [file for name, file in files.items() if name.endswith("yaml")]
+    # Most names stand in many of the files, and each costs two looks at the disk.
+    for near, text, may_be_folder in dict.fromkeys(
+        place for f in yaml_files for place in _named(f)
+    ):
+        path = _found(near, text, may_be_folder)
+        if path is not None:
             inside = _files(path) if path.is_dir() else {"": path}
             files |= {f"{text}/{name}": each for name, each in inside.items()}
     return _digest(tuple((name, _content(file)) for name, file in sorted(files.items())))
@@ -84,14 +89,21 @@ def _files(folder: Path) -> dict[str, Path]:
     return {file.relative_to(folder).as_posix(): file for file in sorted(found) if file.is_file()}
 
 
-def _named(file: Path) -> Iterator[tuple[str, Path]]:
-    """The files, and the folders of data, that the YAML `file` names, found as `datasets` would."""
+def _named(file: Path) -> Iterator[tuple[Path, str, bool]]:
+    """What in the YAML `file` may name a file: where to look first, the text, and whether it may be
+    a folder of data.
+    """
     for key, text in pairwise(("", *_scalars(file, _content(file)))):
-        for path in (file.parent / text, Path(text)):
-            with suppress(OSError):  # most are no path, and some too long for one
-                if path.is_file() or (key == "dataset_path" and path.is_dir()):
-                    yield text, path
-                    break
+        yield file.parent, text, key == "dataset_path"
+
+
+def _found(near: Path, text: str, may_be_folder: bool) -> Path | None:
+    """The file, or the folder of data, that `text` names, found as `datasets` would; else None."""
+    for path in (near / text, Path(text)):
+        with suppress(OSError):  # most are no path, and some too long for one
+            if path.is_file() or (may_be_folder and path.is_dir()):
+                return path
+    return None
 
 
 @cache
