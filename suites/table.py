@@ -39,8 +39,8 @@ def present(cells: Sequence[Cell], out: Path) -> int:
         console.print(drawn(f"{suite.name}: {title.lower()}", table))
     for note in notes:
         console.print(note, markup=False, highlight=False)
-    path_of = {cell.hash: cell.record_path(out) for cell in cells}
-    files = {path_of[record.cell_hash]: record for record in records}
+    path_of = {(cell.method, cell.seed): cell.record_path(out) for cell in cells}
+    files = {path_of[record.method_name, record.seed]: record for record in records}
     try:
         paths = documents.write(suite, tables, notes + problems, frame, files, out)
     except OSError as error:
