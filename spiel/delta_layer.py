@@ -6,7 +6,8 @@ The weight is live (see `spiel.live`), merged, or as it was pretrained.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -15,11 +16,16 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from spiel.live import LiveEntries
+from spiel.ops import forget_operands
 from spiel.targets import weight_shape
 
 #: The layer of every delta Parameter seen so far, for optimisers that need the weight's geometry.
 #: Beside the Parameters, not on them: a Parameter with a layer attached could not be pickled.
 _LAYERS = WeakIdKeyDictionary()
+
+
+#: Adapters and their deltas [k] each.
+Prepared = tuple[tuple[str, ...], tuple[nn.Parameter, ...]]
 
 
 class _Deltas(nn.ParameterDict):
@@ -56,6 +62,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._live: LiveEntries | None = None
+        #: What `prepare` gave, while it holds for every call: see `prepared`.
+        self._prepared: Prepared | None = None
         #: Adapter -> the Parameter of deltas that _LAYERS knows.
         self._known: dict[str, nn.Parameter] = {}
         #: Adapter -> the dtype that its deltas were made in.
@@ -82,6 +90,16 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     # -- live weights -----------------------------------------------------------------------
 
+    def prepare(self) -> Prepared:
+        """Brings the weight up to date with the wanted adapters; returns these and their deltas.
+
+        Nothing is cached between calls: an optimizer may have changed the deltas by any means.
+        """
+        forget_operands()
+        adapters = tuple(self._wanted())
+        self.make_live(adapters)
+        return adapters, tuple(self._deltas_of(adapter) for adapter in adapters)
+
     @property
     def _weight(self) -> torch.Tensor:
         weight = self.base_layer.weight
@@ -94,10 +112,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return [name for name in self.active_adapters if name in self.spiel_deltas]
 
     def make_live(self, adapters: Sequence[str]) -> None:
-        """Brings the weight up to date with the deltas of `adapters`.
-
-        Nothing is cached between calls: an optimizer may have changed the deltas by any means.
-        """
+        """Brings the weight up to date with the deltas of `adapters`."""
         if not self.merged and self._hold(adapters):
             assert self._live is not None
             self._live.write(self.spiel_deltas)
@@ -122,6 +137,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def put_back(self) -> None:
         """Restores the pretrained weight, bit for bit."""
+        self._prepared = None
         if self._live is not None:
             self._live.put_back(self.spiel_deltas)
             self._live = None
@@ -177,6 +193,24 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 f"{self.name} has merged adapters ({', '.join(self.merged_adapters)}); unmerge "
                 "first (model.unmerge_adapter())"
             )
+
+
+@contextmanager
+def prepared(layers: Iterable[DeltaLayer]) -> Iterator[None]:
+    """Within the context, as for one forward pass of the model, deltas do not change: all weights
+    are written to now, one after the other, and no layer need look after its own.
+
+    Between the products of a forward pass each of these small operations would find the caches
+    full of other things, and take several times as long.
+    """
+    layers = list(layers)
+    for layer in layers:
+        layer._prepared = layer.prepare()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._prepared = None
 
 
 def layer_of(parameter: torch.Tensor) -> tuple[DeltaLayer, str] | None:

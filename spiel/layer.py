@@ -25,9 +25,9 @@ class SpielLinear(DeltaLayer):
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__(base_layer, name)
-        self.in_features, self.out_features = self.shape[::-1]
-        if isinstance(base_layer, Conv1D):
-            self.in_features, self.out_features = self.shape
+        #: Whether inputs belong to the rows of the stored weight, as in GPT-2.
+        self.inputs_are_rows = isinstance(base_layer, Conv1D)
+        self.in_features, self.out_features = self.shape[:: 1 if self.inputs_are_rows else -1]
         self.observers: dict[str, Observer] = {}
         self.register_state_dict_pre_hook(_put_back_before_saving)
 
@@ -102,29 +102,32 @@ class SpielLinear(DeltaLayer):
         """The base layer's output [..., out_features] with the active adapters' deltas."""
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        adapters = tuple(self._wanted())
-        self.make_live(adapters)
-        return self.tap(self.base_layer(x, *args, **kwargs), x, adapters)
+        adapters, deltas = self._prepared or self.prepare()
+        out = self.base_layer(x, *args, **kwargs)
+        return self.tap(out, x, adapters, deltas)
 
-    def tap(self, out: torch.Tensor, x: torch.Tensor, adapters: tuple[str, ...]) -> torch.Tensor:
+    def tap(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        adapters: tuple[str, ...],
+        deltas: tuple[torch.Tensor, ...],
+    ) -> torch.Tensor:
         """`out`, with what gives the deltas of `adapters` their gradients in its history."""
         if not torch.is_grad_enabled():
             return out
-        ops.forget_operands()
-        return Tap.apply(out, x, self, adapters, *map(self._deltas_of, adapters))
+        return Tap.apply(out, x, self, adapters, *deltas)
 
     def delta_gradient(self, adapter: str, x: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
-        """Gradient [k] of the deltas from the layer's input and the gradient of its output."""
+        """Gradient [k] in fp32 of the deltas, from the layer's input and its output's gradient."""
         left, right = grad_out.reshape(-1, grad_out.shape[-1]), x.reshape(-1, x.shape[-1])
-        if isinstance(self.base_layer, Conv1D):
+        if self.inputs_are_rows:
             left, right = right, left
         with _without_autocast(x.device.type):
             indices, observer = self.spiel_indices[adapter], self._observer(adapter)
             if observer is not None:
-                gradient = observer.observe(left, right, indices)
-            else:
-                gradient = ops.sampled_gradient(left, right, indices)
-        return gradient.to(self.spiel_deltas[adapter].dtype)
+                return observer.observe(left, right, indices)
+            return ops.sampled_gradient(left, right, indices)
 
     def _observer(self, adapter: str) -> Observer | None:
         """Who watches, unless backward is after other gradients (`torch.autograd.grad`)."""
@@ -167,7 +170,7 @@ class SpielLinear(DeltaLayer):
     def __getstate__(self) -> dict[str, Any]:
         if not self.merged:
             self.put_back()
-        return {**self.__dict__, "observers": {}, "_known": {}}
+        return {**self.__dict__, "observers": {}, "_known": {}, "_prepared": None}
 
     def __repr__(self) -> str:
         return "spiel." + super().__repr__()

@@ -4,10 +4,11 @@ The forward pass is then the base layer's own. The deltas are the master copy: t
 recomputed from them and from the pretrained entries kept here, never accumulated into, so nothing
 is lost to rounding and the pretrained weight can be put back bit for bit.
 
-Every forward pass rewrites the k entries, since deltas may change without a trace (raw memory);
-merged adapters are spared that, which suits generation. `state_dict`, copies and casts of a model
-see the pretrained weight; the Parameter itself shows the sums until something puts it back. Who
-averages all parameters must average the deltas alone, or do it with the adapter disabled.
+Every forward pass of the model rewrites the k entries, since deltas may change without a trace (raw
+memory), and `generate` does so once; merged adapters are spared that. `state_dict`, copies and
+casts of a model see the pretrained weight; the Parameter itself shows the sums until something puts
+it back. Who averages all parameters must average the deltas alone, or do it with the adapter
+disabled.
 """
 
 from __future__ import annotations

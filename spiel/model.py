@@ -17,6 +17,7 @@ from torch import nn
 
 from spiel.budget import check_saved, count_parameters, share_out, total_deltas
 from spiel.config import SpielConfig
+from spiel.delta_layer import prepared
 from spiel.layer import SpielLinear
 from spiel.quantized import SpielLinear4bit, is_4bit
 from spiel.targets import narrow_all_linear, refuse_shared_weights, weight_shape
@@ -144,7 +145,11 @@ class SpielModel(BaseTuner):
                 "SpIEL cannot mix adapters within a batch (adapter_names), as a weight holds one "
                 "set of deltas at a time: use set_adapter and one batch for each adapter"
             )
-        yield
+        if torch.compiler.is_compiling():  # what is written into weights is no matter of tracing
+            yield
+            return
+        with prepared(m for m in self.model.modules() if isinstance(m, SpielLinear)):
+            yield
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

@@ -76,7 +76,7 @@ class SpielLinear4bit(SpielLinear):
         return dense
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        adapters = tuple(self._wanted())
+        adapters, deltas = self._prepared or self.prepare()
         if not adapters:
             return self.base_layer(x, *args, **kwargs)
         compute_x = x.to(self._compute_dtype(x))
@@ -84,7 +84,7 @@ class SpielLinear4bit(SpielLinear):
             out = _LinearOfTemporary.apply(compute_x, self, adapters)
             if self.base_layer.bias is not None:
                 out = out + self.base_layer.bias.to(out.dtype)
-        return self.tap(out, x, adapters).to(x.dtype)
+        return self.tap(out, x, adapters, deltas).to(x.dtype)
 
     def _compute_dtype(self, x: torch.Tensor) -> torch.dtype:
         if torch.is_autocast_enabled(x.device.type):

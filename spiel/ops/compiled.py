@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -220,15 +221,17 @@ def _even_rows(pointers, num_groups):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, parallel=True)
-def _products(left_TR, right_TC, indices, bounds, slabs, num_shares):  # type: ignore[no-untyped-def]
-    """The entries [k] of left.T @ right at `indices` [k]: several supports in a row, the s-th of
-    them from bounds[s] to bounds[s + 1].
+def _products(left_TR, right_TC, indices, bounds, values, num_threads, num_shares, out):  # type: ignore[no-untyped-def]
+    """Puts into `out` [k] the entries of left.T @ right at `indices` [k]: several supports in a
+    row, the s-th of them from bounds[s] to bounds[s + 1].
 
     Tokens are divided into `num_shares`, and the rows among the threads that have one share in
-    common. `slabs` [threads, rows + cols, SLAB] is workspace.
+    common. `values` is workspace, of at least (rows + cols) * SLAB for each thread.
     """
     tokens, rows, cols = left_TR.shape[0], left_TR.shape[1], right_TC.shape[1]
-    num_groups = len(slabs) // num_shares
+    num_groups = num_threads // num_shares
+    size = num_threads * (rows + cols) * SLAB
+    slabs = values[:size].reshape((num_threads, rows + cols, SLAB))
     num_supports = len(bounds) - 1
     pointers = np.zeros((num_supports, rows + 1), np.int64)
     columns = np.empty(len(indices), np.int32)
@@ -251,31 +254,38 @@ def _products(left_TR, right_TC, indices, bounds, slabs, num_shares):  # type: i
                 lo, hi = bounds[s], bounds[s + 1]
                 here = pointers[s, first : last + 1]
                 _add_products(left_RS, right_CS, here, columns[lo:hi], sums[share, lo:hi])
-    total = sums[0].copy()  # memory of its own: a gradient is kept
+    out[:] = sums[0]
     for share in range(1, num_shares):
-        total += sums[share]
-    return total
+        out += sums[share]
 
 
 def sampled_gradients(
     left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """For each support [k] those entries of left.T @ right, in fp32."""
-    sizes = [len(support) for support in supports]
     num_threads = _num_threads()
     indices = supports[0] if len(supports) == 1 else torch.cat(list(supports))
-    entries = _products(
+    entries = torch.empty(len(indices), dtype=torch.float32)
+    _products(
         left_TR.detach().float().contiguous().numpy(),
         right_TC.detach().float().contiguous().numpy(),
         indices.contiguous().numpy(),
-        np.array([0, *accumulate(sizes)]),
-        _workspace(num_threads, left_TR.shape[1] + right_TC.shape[1]),
+        _bounds(*map(len, supports)),
+        _workspace(num_threads * (left_TR.shape[1] + right_TC.shape[1]) * SLAB),
+        num_threads,
         _num_shares(num_threads, len(indices)),
+        entries.numpy(),
     )
     if len(supports) == 1:
-        return [torch.from_numpy(entries)]
+        return [entries]
     # Each support's in memory of its own: the gradient of the deltas outlives the candidates'.
-    return [own.clone() for own in torch.from_numpy(entries).split(sizes)]
+    return [own.clone() for own in entries.split([len(support) for support in supports])]
+
+
+@lru_cache(maxsize=1024)
+def _bounds(*sizes: int) -> np.ndarray:
+    """Where supports of these sizes begin and end, one after the other."""
+    return np.array([0, *accumulate(sizes)])
 
 
 def _num_shares(num_threads: int, k: int) -> int:
@@ -286,9 +296,9 @@ def _num_shares(num_threads: int, k: int) -> int:
     return max(n for n in range(1, num_threads + 1) if num_threads % n == 0 and n <= fitting)
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, parallel=True)
 def _write_sums(weight, indices, originals, deltas):  # type: ignore[no-untyped-def]
-    for e in range(len(indices)):
+    for e in numba.prange(len(indices)):
         weight[indices[e]] = originals[e] + deltas[e]
 
 
@@ -300,6 +310,7 @@ def write_entries(
     Args:
         weight: [rows, cols], fp32, contiguous, on a CPU. Autograd does not see it change.
     """
+    _num_threads()
     tensors = (weight.view(-1), indices, originals, deltas)
     _write_sums(*(tensor.detach().numpy() for tensor in tensors))
 
@@ -314,13 +325,12 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-def _workspace(num_threads: int, width: int) -> np.ndarray:
-    """[threads, width, SLAB], each row of which begins a line of the cache."""
-    size = num_threads * width * SLAB
+def _workspace(size: int) -> np.ndarray:
+    """At least so many values, of which the first begins a line of the cache."""
     if len(_kept.values) < size:
         values = np.empty(size + _LINE, np.float32)
         _kept.values = values[-(values.ctypes.data // 4) % _LINE :]
-    return _kept.values[:size].reshape(num_threads, width, SLAB)
+    return _kept.values
 
 
 def _num_threads() -> int:

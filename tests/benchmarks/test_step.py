@@ -4,7 +4,11 @@
 rounds; the ratios are in the JSON that the command writes.
 """
 
+import statistics
+import time
+
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from suites.measure import optimizer_state_bytes, saved_for_backward_bytes
@@ -14,6 +18,8 @@ pytestmark = pytest.mark.timeout(1800)
 
 ROUNDS = 40
 NUM_PERIODS = 10
+GENERATIONS = 8
+NEW_TOKENS = 32
 #: What fails as a regression: the goal of the project, and a margin for noise.
 MOST_OF_LORA = 0.90 * 1.05
 MOST_RESELECTION = 0.03 * 1.5
@@ -59,6 +65,35 @@ def test_reselection_share(benchmark, periods, name):
     benchmark.pedantic(periods.runners[name].step, rounds=5)
     print(name, found)
     assert share < MOST_RESELECTION
+
+
+def test_generating(benchmark, race):
+    """32 new tokens for each of 4 prompts: the deltas are written into the weights once."""
+    names = ("frozen", "lora", "spiel")
+    prompts = race.runners["frozen"].inputs["input_ids"][:, :32]
+    seconds = {name: [] for name in names}
+    for _ in range(GENERATIONS):
+        for name in names:
+            start = time.perf_counter()
+            generate(race.runners[name].model, prompts)
+            seconds[name].append(time.perf_counter() - start)
+    ratios = {}
+    for name, base in (("spiel", "lora"), ("spiel", "frozen"), ("lora", "frozen")):
+        pairs = zip(seconds[name], seconds[base], strict=True)
+        median = statistics.median(own / other for own, other in pairs)
+        ratios[f"generating, {name} / {base}"] = round(median, 3)
+    benchmark.extra_info.update(ratios)
+    benchmark.pedantic(generate, (race.runners["spiel"].model, prompts), rounds=2)
+    print(ratios)
+    assert ratios["generating, spiel / lora"] <= MOST_OF_LORA
+
+
+def generate(model, prompts):
+    was_training = model.training
+    mask = torch.ones_like(prompts)
+    length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    model.eval().generate(input_ids=prompts, attention_mask=mask, do_sample=False, **length)
+    model.train(was_training)
 
 
 def test_bytes(benchmark, race):

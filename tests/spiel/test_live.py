@@ -8,6 +8,7 @@ from torch import nn
 
 import spiel
 from spiel import ops
+from spiel.live import LiveEntries
 from spiel.model import spiel_layers
 from spiel.ops import transposed
 
@@ -198,6 +199,78 @@ def test_other_memory_with_something_else_is_refused(two_layers, adapt):
     spiel_layers(model)[1]["first"].base_layer.weight.data = torch.randn(16, 12)
     with pytest.raises(RuntimeError, match=r"which of its entries are pretrained can no longer"):
         model(x)
+
+
+@pytest.fixture
+def count_writes(monkeypatch):
+    """Counts how often live entries are written, since the last count."""
+    counted = []
+    write = LiveEntries.write
+    monkeypatch.setattr(
+        LiveEntries, "write", lambda entries, deltas: (counted.append(0), write(entries, deltas))
+    )
+
+    def count():
+        number = len(counted)
+        counted.clear()
+        return number
+
+    return count
+
+
+def test_a_forward_pass_writes_every_weight_once(llama, adapt, count_writes):
+    """Before the first layer runs, and not again for each new token of a generation."""
+    base = llama()
+    model = adapt(copy.deepcopy(base), task_type="CAUSAL_LM")
+    num_layers = len(spiel_layers(model)[1])
+    tokens = torch.tensor([[1, 5, 7]])
+    before = []
+    model.base_model.model.model.layers[0].register_forward_pre_hook(
+        lambda *_: before.append(count_writes())
+    )
+    model(input_ids=tokens)
+    assert (before, count_writes()) == ([num_layers], 0)
+    model.generate(input_ids=tokens, max_new_tokens=5, min_new_tokens=5)
+    assert (before[1:], count_writes()) == ([num_layers, 0, 0, 0, 0], 0)
+    model.base_model.model(input_ids=tokens)  # around peft: each layer looks after itself
+    assert (before[6:], count_writes()) == ([0], num_layers)
+
+
+def test_a_failed_forward_pass_leaves_layers_to_themselves(two_layers, adapt, count_writes):
+    model = adapt(two_layers())
+    with pytest.raises(RuntimeError):
+        model(torch.ones(2, 5))
+    count_writes()
+    model.base_model.model(torch.ones(2, 12))
+    assert count_writes() == 2
+
+
+CHANGES = {
+    "disabled": (lambda layer: layer.enable_adapters(False), None),
+    "another": (lambda layer: layer.set_adapter("other"), "other"),
+    "merged": (lambda layer: layer.merge(adapter_names=["other"]), "other"),
+    "put back": (lambda layer: layer.put_back(), "default"),
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), CHANGES.values(), ids=CHANGES)
+def test_a_layer_that_changes_within_a_forward_pass(two_layers, adapt, fill, change, expected):
+    """Between the write for the whole model and the layer's own turn."""
+    base = two_layers()
+    model = adapt(copy.deepcopy(base))
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    fill(model, "other")
+    layer = model.base_model.model.second
+    first = model.base_model.model.first
+    first.register_forward_hook(lambda *_: change(layer))
+    x = torch.randn(3, 12)
+    out = model(x)
+    weight = base.second.weight.detach().clone()
+    if expected is not None:
+        indices, deltas = layer.spiel_indices[expected].long(), layer.spiel_deltas[expected]
+        weight.view(-1)[indices] += deltas.detach()
+    hidden = torch.tanh(first(x))
+    torch.testing.assert_close(out, nn.functional.linear(hidden, weight, base.second.bias))
 
 
 def test_an_adapter_is_made_and_used_in_inference_mode(two_layers, adapt):
