@@ -11,8 +11,7 @@ from suites.record import Record
 
 UNMATCHED = "†"
 SIGNIFICANT = "*"
-#: Where seeds alone decide, three of one sign are enough for a star, and chance makes 1 in 4 so.
-CAVEAT = "not corrected for the number of comparisons, and too easy with few seeds that differ much"
+TESTS = "two-way bootstrap, and paired t test over seeds"
 #: How many times as slow a machine may be at one time as at another before its table warns.
 SPEED_LIMIT = 1.25
 
@@ -31,7 +30,8 @@ def footnotes(frame: pd.DataFrame, records: Sequence[Record]) -> list[str]:
     if frame[[f"{role}_minus_{report.BASELINE}" for role in report.ROLES]].notna().any(axis=None):
         notes.append(
             f"vs {report.BASELINE}: target / retention above {report.BASELINE}'s, paired by item "
-            f"and seed; {SIGNIFICANT} p < {stats.SIGNIFICANCE:g} (two-way bootstrap), {CAVEAT}."
+            f"and seed; {SIGNIFICANT} p < {stats.SIGNIFICANCE:g} ({TESTS}), not corrected for the "
+            "number of comparisons."
         )
     if (frame["num_ok"] == 1).any():
         notes.append("One seed has no interval; use several before any claim.")

@@ -371,9 +371,17 @@ def test_methods_are_compared_with_lora_item_by_item():
     assert words == {"lora": "-", "spiel": "+0.700* / +0.000"}
     (note,) = [each for each in notes.footnotes(frame, lora + spiel) if "bootstrap" in each]
     assert "* p < 0.05" in note
-    assert "not corrected for the number of comparisons" in note and "few seeds" in note
+    assert "t test over seeds" in note and "not corrected for the number of comparisons" in note
     alone = notes.footnotes(report.frame(lora), lora)
     assert not any("bootstrap" in each or "comparisons" in each for each in alone)
+
+
+def test_one_seed_has_no_star():
+    lora, spiel = with_items(cell(), *[0.0] * 40), with_items(cell("spiel"), *[1.0] * 40)
+    frame = report.frame([lora, spiel])
+    assert row_of(frame, "spiel")["target_minus_lora_low"] == 1.0
+    words = dict(zip(frame["method"], table.quality(frame)["vs lora"], strict=True))
+    assert words["spiel"] == "+1.000 / +0.000"
 
 
 def of_two_subtasks(of, few, many, **changes):
