@@ -64,12 +64,13 @@ class GradientWindow:
         may_choose = self._may_choose(self)
         if self.candidates is not None:
             active, own = sampled_gradients(left_TR, right_TC, [indices, self.candidates])
-            self.step_gradient = _plus(self.step_gradient, own)
+            self.step_gradient = own if self.step_gradient is None else self.step_gradient.add_(own)
         elif may_choose:
             active = self._choose(left_TR, right_TC, indices)
         else:
             active = sampled_gradient(left_TR, right_TC, indices)
-        self.sample = _plus(self.sample, _sample(active))
+        part = _sample(active)
+        self.sample = part.clone() if self.sample is None else self.sample.add_(part)
         return active
 
     def _choose(
@@ -78,7 +79,7 @@ class GradientWindow:
         """As `observe`, by the product that the candidates are chosen from."""
         active = BlockEntries([indices], left_TR.shape[1], right_TC.shape[1])
         chosen, values = largest_gradients(left_TR, right_TC, len(indices), average_, active)
-        if bool((values != 0).any()) and bool(values.isfinite().all()):
+        if 0 < float(values.abs().amax()) < torch.inf:  # NaN is neither
             self.candidates, self.step_gradient = chosen, values
         return active.values[0]
 
@@ -90,15 +91,6 @@ class GradientWindow:
             gradient = torch.zeros_like(self.candidates, dtype=torch.float32)
         average_(gradient)
         return gradient
-
-    def add_step(self, gradient: torch.Tensor) -> None:
-        """Counts an optimizer step with this gradient [k] of the candidates, which it keeps."""
-        if self.sums is None or self.squares is None:
-            self.sums, self.squares = gradient, gradient.square()
-        else:
-            self.sums += gradient
-            self.squares.addcmul_(gradient, gradient)
-        self.num_steps += 1
 
     def skip_step(self) -> None:
         """Forgets the step under way, which the optimizer did not take."""
@@ -164,26 +156,43 @@ def end_step(windows: Sequence[GradientWindow], scale: float = 1.0) -> None:
     """
     if not windows:
         return
-    device = windows[0].deltas.device
-    has_gradient = on_any_rank([w.step_gradient is not None for w in windows], device)
+    has_gradient = on_any_rank(
+        [window.step_gradient is not None for window in windows], windows[0].deltas.device
+    )
     seen = [window for window, has in zip(windows, has_gradient, strict=True) if has]
-    gradients = [window.step_mean().mul_(scale) for window in seen]
-    is_finite = [gradient.isfinite().all().to(device) for gradient in gradients]
-    # One transfer for all of them.
-    keeps = torch.stack(is_finite).tolist() if is_finite else []
-    for window, gradient, keep in zip(seen, gradients, keeps, strict=True):
-        if keep:
-            window.add_step(gradient)
-        else:
-            window.skip_step()
+    if seen:
+        _add_steps(seen, scale)
     for window in windows:
         window.sample = None
+
+
+def _add_steps(windows: Sequence[GradientWindow], scale: float) -> None:
+    """Counts the step under way, times `scale`, in all windows where it is finite."""
+    gradients = [window.step_mean() for window in windows]
+    if scale != 1.0:
+        torch._foreach_mul_(gradients, scale)
+    device = gradients[0].device
+    norms = [norm.to(device) for norm in torch._foreach_norm(gradients, torch.inf)]
+    sums, squares, finite = [], [], []
+    # One transfer for all of them.
+    for window, gradient, keep in zip(
+        windows, gradients, torch.stack(norms).isfinite().tolist(), strict=True
+    ):
+        if not keep:
+            window.skip_step()
+            continue
+        window.num_steps += 1
+        if window.sums is None or window.squares is None:
+            window.sums, window.squares = gradient, gradient.square()
+        else:
+            sums.append(window.sums)
+            squares.append(window.squares)
+            finite.append(gradient)
+    if finite:
+        torch._foreach_add_(sums, finite)
+        torch._foreach_addcmul_(squares, finite, finite)
 
 
 def _sample(gradient: torch.Tensor) -> torch.Tensor:
     """Every so many-th entry, so that the sample of a sum is the sum of the samples."""
     return gradient[:: max(1, len(gradient) // SAMPLE_SIZE)]
-
-
-def _plus(total: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
-    return part.clone() if total is None else total.add_(part)
