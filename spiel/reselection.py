@@ -13,8 +13,12 @@ from numbers import Integral
 
 import torch
 
+from spiel.ops import optional
 from spiel.ranking import largest
 from spiel.support import find
+
+#: Of smaller supports torch's operations cost little more.
+NUMBA_MIN_K = 2**11
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,10 @@ def grow_by_gradients(
     smallest deltas go first.
     """
     dropped = drop(deltas, n)
-    slots, is_active = find(indices, candidates)
+    if _is_for_numba(indices):
+        slots, is_active = optional.module("scans").find(indices, candidates)
+    else:
+        slots, is_active = find(indices, candidates)
     stays = is_active & dropped[slots].logical_not_()
     ranks = gradient_sums.abs().masked_fill_(stays, -1)
     grown = largest(ranks, min(n, len(stays) - int(stays.sum())))
@@ -123,6 +130,8 @@ def exchange(indices: torch.Tensor, slots: torch.Tensor, entering: torch.Tensor)
     `entering` is sorted and has no index that is active; `slots` is ascending.
     """
     entering = entering.to(indices.dtype)
+    if _is_for_numba(indices):
+        return Exchange(*optional.module("scans").exchange(indices, slots, entering))
     is_staying = torch.ones(len(indices), dtype=torch.bool, device=indices.device)
     staying = is_staying.index_fill_(0, slots, False).nonzero().squeeze(1)
     kept = indices[staying]
@@ -135,3 +144,8 @@ def exchange(indices: torch.Tensor, slots: torch.Tensor, entering: torch.Tensor)
     source = torch.empty_like(indices, dtype=torch.int64)
     source.index_copy_(0, grown, slots).index_copy_(0, old, staying)
     return Exchange(changed, source, grown)
+
+
+def _is_for_numba(indices: torch.Tensor) -> bool:
+    """Whether one walk along sorted lists is worth what it takes to have it compiled."""
+    return indices.device.type == "cpu" and len(indices) >= NUMBA_MIN_K and optional.has_numba()

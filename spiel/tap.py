@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
-from spiel.ops import forget_operands
+from spiel import ops
 
 
 class Tapped(Protocol):
@@ -59,7 +59,7 @@ class Tap(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        _forget_operands_at_the_end()
+        _forget_at_the_end()
         # The base layer's backward comes next and reads the weight, which since the forward pass
         # may have been given to other adapters or been put back.
         if ctx.layer.live_adapters != ctx.adapters:
@@ -74,13 +74,13 @@ class Tap(torch.autograd.Function):
 _backward_pass = -1
 
 
-def _forget_operands_at_the_end() -> None:
+def _forget_at_the_end() -> None:
     """Has the ops let go of what they keep for the next layer, once for each backward pass."""
     global _backward_pass
     under_way = torch._C._current_graph_task_id()
     if under_way != _backward_pass:
         _backward_pass = under_way
-        torch.autograd.Variable._execution_engine.queue_callback(forget_operands)
+        torch.autograd.Variable._execution_engine.queue_callback(ops.forget)
 
 
 def is_wanted(parameter: torch.Tensor) -> bool:

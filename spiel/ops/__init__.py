@@ -6,26 +6,15 @@ The choice is a rule that can be read here, can be overruled (`use_backend`), an
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 
-from spiel.ops import blocked, crossover, reference, sampled
+from spiel.ops import blocked, crossover, optional, reference, sampled
 from spiel.ops.reference import SampledGradients
-from spiel.ops.transposed import forget_operands as forget_operands
-
-
-@cache
-def _module(name: str) -> ModuleType:
-    """`spiel.ops.<name>`, imported when it is first wanted."""
-    return import_module(f"spiel.ops.{name}")
+from spiel.ops.transposed import forget_operands
 
 
 def _deferred(name: str) -> SampledGradients:
@@ -34,7 +23,9 @@ def _deferred(name: str) -> SampledGradients:
     def run(
         left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        entries: list[torch.Tensor] = _module(name).sampled_gradients(left_TR, right_TC, supports)
+        entries: list[torch.Tensor] = optional.module(name).sampled_gradients(
+            left_TR, right_TC, supports
+        )
         return entries
 
     return run
@@ -51,8 +42,6 @@ BACKENDS: dict[str, SampledGradients] = {
 #: Up to which density a dot product for each entry is cheaper on a CPU than one dense product.
 #: Measured: `make bench`, tests/benchmarks/test_ops.py.
 CPU_MAX_DENSITY = {"compiled": 0.3, "sampled": 0.1}
-#: Below this many entries a weight is so small that a call's fixed cost decides.
-CPU_MIN_NUMEL = 2**16
 
 #: How often each backend ran in this process.
 backend_calls: Counter[str] = Counter()
@@ -71,9 +60,9 @@ def choose_backend(
         return _forced
     if device.type == "cuda":
         return crossover.faster_backend(device, dtype, k / numel)
-    if device.type != "cpu" or numel < CPU_MIN_NUMEL:
+    if device.type != "cpu" or numel < optional.CPU_MIN_NUMEL:
         return "blocked"
-    name = "compiled" if has_numba() else "sampled"
+    name = "compiled" if optional.has_numba() else "sampled"
     return name if k <= CPU_MAX_DENSITY[name] * numel else "blocked"
 
 
@@ -87,28 +76,19 @@ def settle(device: torch.device, dtype: torch.dtype, sizes: Iterable[tuple[int, 
     for name in sorted({choose_backend(device, k, numel, dtype) for k, numel in sizes}):
         left, right = (torch.zeros(tokens, n, dtype=dtype, device=device) for n in (rows, cols))
         BACKENDS[name](left, right, [indices])
-    forget_operands()
-    if any(numel >= CPU_MIN_NUMEL for _, numel in sizes):
+    forget()
+    if any(numel >= optional.CPU_MIN_NUMEL for _, numel in sizes):
         values = torch.zeros(2, device=device)
-        weight = torch.zeros(CPU_MIN_NUMEL // 16, 16, dtype=dtype, device=device)
+        weight = torch.zeros(optional.CPU_MIN_NUMEL // 16, 16, dtype=dtype, device=device)
         write_entries(weight, indices[:2], values.to(dtype), values)
+        if device.type == "cpu" and optional.has_numba():
+            optional.module("scans").settle()
 
 
-@cache
-def has_numba() -> bool:
-    """Whether the backend "compiled" can be used; says why not where numba is there but fails."""
-    if find_spec("numba") is None:
-        return False
-    try:
-        import_module("spiel.ops.compiled")
-    except Exception as error:  # as with a numpy that is too new for it
-        warnings.warn(
-            "numba cannot be used, so SpIEL forms gradients on CPUs by torch's sampled product: "
-            f"{type(error).__name__}: {error}",
-            stacklevel=2,
-        )
-        return False
-    return True
+def forget() -> None:
+    """Lets go of what is kept for the next call; for the end of a backward pass."""
+    forget_operands()
+    blocked.forget_block()
 
 
 def sampled_gradients(
@@ -144,13 +124,12 @@ def write_entries(
     """
     tensors = (weight, originals, deltas)
     if weight.is_cuda and crossover.kernels_run(weight.device):
-        _module("triton_kernels").write_entries(weight, indices, originals, deltas)
+        optional.module("triton_kernels").write_entries(weight, indices, originals, deltas)
         return True
     is_fp32 = all(tensor.dtype == torch.float32 for tensor in tensors)
-    is_large = weight.numel() >= CPU_MIN_NUMEL  # small models are spared numba's 60 MB of compiler
-    is_suited = weight.device.type == "cpu" and is_fp32 and is_large and weight.is_contiguous()
-    if is_suited and has_numba():
-        _module("compiled").write_entries(weight, indices, originals, deltas)
+    is_suited = is_fp32 and weight.is_contiguous()
+    if is_suited and optional.is_for_numba(weight.device, weight.numel()):
+        optional.module("scans").write_entries(weight, indices, originals, deltas)
         return True
     return False
 

@@ -4,12 +4,14 @@ never exists. See `spiel.ops.reference` for what each op computes.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from spiel.ops import optional
 from spiel.ranking import kth_largest, largest
 from spiel.support import index_dtype, version_of
 
@@ -20,12 +22,16 @@ WORKSPACE_BYTES = 64 * 2**20
 #: value, its magnitude, a mask, and an int64 position for each entry that passes the mask.
 _BYTES_PER_ENTRY = 4 + 4 + 1 + 8
 
-#: One rank in so many is sampled (a prime, so that no column of common sizes is left out), and so
-#: many more than wanted are let through, lest the sample's noise leave too few.
-SAMPLE_STRIDE, SAMPLE_MARGIN = 17, 1.2
+#: One rank in so many is sampled (a prime, so that no column of common sizes is left out; so many
+#: that most lines of the cache are passed over), and so many more than wanted are let through, lest
+#: the sample's noise leave too few.
+SAMPLE_STRIDE, SAMPLE_MARGIN = 67, 1.25
 
 #: Done to each fp32 block in place before it is read, as a sum over data-parallel ranks.
 Reduce = Callable[[torch.Tensor], None]
+
+#: Entries -> what they are ranked by.
+Rank = Callable[[torch.Tensor], torch.Tensor]
 
 #: Ranks and a number k -> a mask of the k highest.
 Best = Callable[[torch.Tensor, int], torch.Tensor]
@@ -38,20 +44,46 @@ def row_blocks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + height, rows)
 
 
+class _Kept(threading.local):
+    """The block of products that this thread formed last, on a CPU."""
+
+    block: torch.Tensor | None = None
+
+
+_kept = _Kept()
+
+
+def forget_block() -> None:
+    """Lets go of the memory kept for the next product; for the end of a backward pass."""
+    _kept.block = None
+
+
+def _kept_block(rows: int, cols: int) -> torch.Tensor:
+    """Memory [rows, cols] in fp32 that is most likely in the cache; from the system it would cost
+    a tenth of the product.
+    """
+    if _kept.block is None or len(_kept.block) < rows * cols:
+        _kept.block = torch.empty(rows * cols, dtype=torch.float32, device="cpu")
+    return _kept.block[: rows * cols].view(rows, cols)
+
+
 def _product(left_TB: torch.Tensor, right_TC: torch.Tensor) -> torch.Tensor:
-    """left.T @ right with at least fp32 accumulation and an fp32 result."""
+    """left.T @ right with at least fp32 accumulation and an fp32 result, which on a CPU lives until
+    the next product.
+    """
     if left_TB.dtype == torch.float64:
         return (left_TB.t() @ right_TC).float()
-    if left_TB.dtype == torch.float32:
-        return left_TB.t() @ right_TC
     if left_TB.is_cuda:
+        if left_TB.dtype == torch.float32:
+            return left_TB.t() @ right_TC
         return torch.mm(left_TB.t(), right_TC, out_dtype=torch.float32)
-    return left_TB.float().t() @ right_TC
+    block = _kept_block(left_TB.shape[1], right_TC.shape[1])
+    return torch.mm(left_TB.float().t(), right_TC, out=block)
 
 
 def _operands(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Brings both to the dtype the product is made in: on a CPU at least fp32, once for all."""
-    right = right.to(left.dtype)
+    left, right = left.detach(), right.detach().to(left.dtype)
     if left.dtype not in (torch.float32, torch.float64) and not left.is_cuda:
         right = right.float()
     return left, right
@@ -66,8 +98,8 @@ class BlockEntries:
     def __init__(self, supports: Sequence[torch.Tensor], rows: int, cols: int) -> None:
         self._supports, self._cols = supports, cols
         starts = [start for start, _ in row_blocks(rows, cols)]
-        edges = [start * cols for start in starts]
-        cuts = [pairwise([*_kept_cuts(each, edges), len(each)]) for each in supports]
+        inner = [start * cols for start in starts[1:]]
+        cuts = [pairwise([0, *_kept_cuts(each, inner), len(each)]) for each in supports]
         #: For each support, first row of a block -> where its part of the support begins and ends.
         self._parts = [dict(zip(starts, own, strict=True)) for own in cuts]
         self.values = [
@@ -78,7 +110,7 @@ class BlockEntries:
         """Takes what is wanted of the block whose first row is `start`."""
         for indices, parts, own in zip(self._supports, self._parts, self.values, strict=True):
             here = slice(*parts[start])
-            places = indices[here] - start * self._cols
+            places = indices[here] - start * self._cols if start > 0 else indices[here]
             torch.index_select(block.reshape(-1), 0, places, out=own[here])
 
 
@@ -146,22 +178,33 @@ def _as_topk(ranks: torch.Tensor, k: int) -> torch.Tensor:
     return mask.index_fill_(0, ranks.topk(k, sorted=False).indices, True)
 
 
-def _highest(ranks: torch.Tensor, k: int, best: Best) -> torch.Tensor:
-    """Places of the `k` highest ranks, ascending; of many, those below a sampled quantile are not
-    looked at.
+def _highest(
+    entries: torch.Tensor, rank: Rank, best: Best, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of the `k` entries of highest rank, ascending, and these entries; of many, those below
+    a sampled quantile are not looked at.
     """
-    if len(ranks) >= 2**16 and 8 * k <= len(ranks):
-        sample = ranks[::SAMPLE_STRIDE].contiguous()
+    if len(entries) >= 2**16 and 8 * k <= len(entries):
+        sample = rank(entries[::SAMPLE_STRIDE]).contiguous()
         share = min(len(sample), round(SAMPLE_MARGIN * k / SAMPLE_STRIDE) + 1)
-        passing = _above(ranks, kth_largest(sample, share))
+        places, passing = _above(entries, rank, kth_largest(sample, share))
         if len(passing) >= k:
-            return passing[best(ranks[passing], k)]
-    return best(ranks, k).nonzero().squeeze(1)
+            kept = best(rank(passing), k).nonzero().squeeze(1)
+            return places[kept], passing[kept]
+    places = best(rank(entries), k).nonzero().squeeze(1)
+    return places, entries[places]
 
 
-def _above(ranks: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
-    """Places of the ranks that are higher, or NaN."""
-    return (ranks <= bound).logical_not_().nonzero().squeeze(1)
+def _above(
+    entries: torch.Tensor, rank: Rank, bound: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of the entries whose rank is higher, or NaN, ascending, and these entries."""
+    if rank is torch.abs and optional.is_for_numba(entries.device, len(entries)):
+        found: tuple[torch.Tensor, torch.Tensor]
+        found = optional.module("scans").above(entries, float(bound))
+        return found
+    places = (rank(entries) <= bound).logical_not_().nonzero().squeeze(1)
+    return places, entries[places]
 
 
 #: Support -> its version, and where it was cut at which bounds.
@@ -170,6 +213,8 @@ _CUTS = WeakIdKeyDictionary()
 
 def _kept_cuts(indices: torch.Tensor, bounds: list[int]) -> list[int]:
     """`_cuts` of a support that is asked for again: on a GPU each answer waits for all its work."""
+    if not bounds:
+        return []
     now = version_of(indices)
     version, known_bounds, cuts = _CUTS.get(indices, (None, None, []))
     if now is None or version != now or known_bounds != bounds:
@@ -188,7 +233,7 @@ def _cuts(indices: torch.Tensor, bounds: list[int]) -> list[int]:
 
 def _largest(
     block: Callable[[int, int], torch.Tensor],
-    rank: Callable[[torch.Tensor], torch.Tensor],
+    rank: Rank,
     best: Best,
     rows: int,
     cols: int,
@@ -206,13 +251,12 @@ def _largest(
         return indices, values
     for start, stop in row_blocks(rows, cols):
         entries = block(start, stop)
-        ranks = rank(entries)
         if len(values) < k:
-            found = _highest(ranks, min(k, len(ranks)), best)
+            places, found = _highest(entries, rank, best, min(k, len(entries)))
         else:
-            found = _above(ranks, rank(values).amin())
-        indices = torch.cat([indices, found + start * cols])
-        values = torch.cat([values, entries[found]])
+            places, found = _above(entries, rank, rank(values).amin())
+        indices = torch.cat([indices, places + start * cols])
+        values = torch.cat([values, found])
         if start > 0:
             kept = best(rank(values), min(k, len(values)))
             indices, values = indices[kept], values[kept]

@@ -1,6 +1,6 @@
-"""Only the wanted entries of a weight, on a CPU, by kernels that numba compiles.
+"""Only the wanted entries of a weight's gradient, on a CPU, by kernels that numba compiles.
 
-For the gradient both operands are transposed a slab of tokens at a time into buffers that stay in
+Both operands are transposed a slab of tokens at a time into buffers that stay in
 the cache, where every entry is a dot product; no transposed copy of an operand ever exists. Each
 thread takes tokens of its own or, where that many sums of all entries would be too much memory,
 rows of its own too. See `spiel.ops.reference` for what is computed.
@@ -25,6 +25,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from spiel.ops import blocked
+from spiel.ops.threads import set_threads
 
 #: Tokens of a slab: so few that it stays near, so many that a dot product pays for its last sum.
 SLAB = 48
@@ -263,7 +264,7 @@ def sampled_gradients(
     left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """For each support [k] those entries of left.T @ right, in fp32."""
-    num_threads = _num_threads()
+    num_threads = set_threads()
     indices = supports[0] if len(supports) == 1 else torch.cat(list(supports))
     entries = torch.empty(len(indices), dtype=torch.float32)
     _products(
@@ -296,30 +297,10 @@ def _num_shares(num_threads: int, k: int) -> int:
     return max(n for n in range(1, num_threads + 1) if num_threads % n == 0 and n <= fitting)
 
 
-@numba.njit(nogil=True, cache=True, parallel=True)
-def _write_sums(weight, indices, originals, deltas):  # type: ignore[no-untyped-def]
-    for e in numba.prange(len(indices)):
-        weight[indices[e]] = originals[e] + deltas[e]
-
-
-def write_entries(
-    weight: torch.Tensor, indices: torch.Tensor, originals: torch.Tensor, deltas: torch.Tensor
-) -> None:
-    """weight[indices] = originals + deltas, all [k] and fp32, in one pass.
-
-    Args:
-        weight: [rows, cols], fp32, contiguous, on a CPU. Autograd does not see it change.
-    """
-    _num_threads()
-    tensors = (weight.view(-1), indices, originals, deltas)
-    _write_sums(*(tensor.detach().numpy() for tensor in tensors))
-
-
 class _Kept(threading.local):
     """What outlives a call: memory fresh from the system costs more than the product does."""
 
     values = np.empty(0, np.float32)
-    asked = num_threads = 0
 
 
 _kept = _Kept()
@@ -331,14 +312,3 @@ def _workspace(size: int) -> np.ndarray:
         values = np.empty(size + _LINE, np.float32)
         _kept.values = values[-(values.ctypes.data // 4) % _LINE :]
     return _kept.values
-
-
-def _num_threads() -> int:
-    """As many as torch uses, if numba has them."""
-    if _kept.asked != torch.get_num_threads():
-        _kept.asked = torch.get_num_threads()
-        _kept.num_threads = min(_kept.asked, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-        numba.set_num_threads(_kept.num_threads)
-        # At its first call numba sets OpenMP's number of threads, which is torch's too.
-        torch.set_num_threads(_kept.asked)
-    return _kept.num_threads

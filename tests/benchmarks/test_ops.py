@@ -12,13 +12,13 @@ import torch
 
 from spiel import SpielAdamW, ops
 from spiel.live import LiveEntries
-from spiel.ops import blocked
+from spiel.ops import blocked, optional
 from spiel.support import random_support
 
 TOKENS, ROWS, COLS = 1024, 1376, 512
 DENSITIES = (0.001, 0.0025, 0.0063, 0.016, 0.04, 0.1, 0.16, 0.25, 0.4, 0.6)
 ROUNDS = 15
-SPARSE = [name for name in ("compiled", "sampled") if name == "sampled" or ops.has_numba()]
+SPARSE = [name for name in ("compiled", "sampled") if name == "sampled" or optional.has_numba()]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,7 +49,7 @@ def in_turn(*runs):
 
 def by(backend, operands, indices):
     def run():
-        ops.forget_operands()  # as if no other module shared them
+        ops.forget()  # as if no other module shared them
         with ops.use_backend(backend):
             ops.sampled_gradient(*operands, indices)
 

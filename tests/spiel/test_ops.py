@@ -8,7 +8,7 @@ import torch
 
 from spiel import ops
 from spiel.live import LiveEntries
-from spiel.ops import blocked, reference
+from spiel.ops import blocked, optional, reference
 from spiel.support import random_support
 
 #: Those that run wherever torch does; the kernels have tests of their own in test_triton.py.
@@ -151,7 +151,7 @@ def test_an_unknown_backend_is_refused():
 
 @pytest.mark.parametrize(("has_numba", "sparse"), [(True, "compiled"), (False, "sampled")])
 def test_the_rule_takes_single_entries_where_they_are_faster(has_numba, sparse, monkeypatch):
-    monkeypatch.setattr(ops, "has_numba", lambda: has_numba)
+    monkeypatch.setattr(optional, "has_numba", lambda: has_numba)
     cpu = torch.device("cpu")
     assert ops.choose_backend(cpu, 1000, 512 * 512) == sparse
     assert ops.choose_backend(cpu, 512 * 160, 512 * 512) == "blocked"
@@ -181,7 +181,7 @@ def test_threads_share_rows_where_sums_of_their_own_would_be_too_many(
     compiled = pytest.importorskip("spiel.ops.compiled")
     left, right = operands(300, 40, 33)
     supports = [random_support(500, 40 * 33), torch.arange(33 * 7, 33 * 7 + 100)]
-    monkeypatch.setattr(compiled, "_num_threads", lambda: num_threads)
+    monkeypatch.setattr(compiled, "set_threads", lambda: num_threads)
     monkeypatch.setattr(blocked, "WORKSPACE_BYTES", most_sums * 4 * 600)
     shares = compiled._num_shares(num_threads, 600)
     assert shares <= most_sums and num_threads % shares == 0
@@ -214,16 +214,16 @@ def test_operands_that_change_or_move_are_transposed_anew():
             values = ops.sampled_gradient(left[: len(changed)], changed, indices)
             expected = reference.sampled_gradients(left[: len(changed)], changed, [indices])[0]
             assert_close_rms(values, expected, 1e-5)
-    ops.forget_operands()
+    ops.forget()
 
 
 def test_a_numba_that_does_not_work_is_done_without_and_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "spiel.ops.compiled", None)  # importing it fails
-    ops.has_numba.cache_clear()
+    optional.has_numba.cache_clear()
     with pytest.warns(UserWarning, match="numba cannot be used"):
-        assert not ops.has_numba()
+        assert not optional.has_numba()
     assert ops.choose_backend(torch.device("cpu"), 1000, 512 * 512) == "sampled"
-    ops.has_numba.cache_clear()
+    optional.has_numba.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -232,8 +232,8 @@ def test_a_numba_that_does_not_work_is_done_without_and_said(monkeypatch):
 def test_entries_are_written_to_the_same_bits_by_a_kernel_or_without(
     dtype, is_contiguous, has_numba, monkeypatch
 ):
-    monkeypatch.setattr(ops, "has_numba", lambda: has_numba)
-    monkeypatch.setattr(ops, "CPU_MIN_NUMEL", 600)
+    monkeypatch.setattr(optional, "has_numba", lambda: has_numba)
+    monkeypatch.setattr(optional, "CPU_MIN_NUMEL", 600)
     torch.manual_seed(0)
     weight = torch.randn(30, 20, dtype=dtype)
     weight = weight if is_contiguous else weight.t()
@@ -275,23 +275,28 @@ def test_gradients_are_fp32_whatever_the_default(backend):
     assert {values.dtype for values in found} == {torch.float32}
 
 
-def test_settling_leaves_nothing_to_be_compiled_for_the_first_steps(tmp_path):
+def test_settling_leaves_nothing_to_be_compiled_for_the_first_steps():
     code = """if True:
         import torch
         from spiel import ops
+        from spiel.reselection import exchange, grow_by_gradients
         from spiel.support import random_support
-        numel = 512 * 512
-        ops.settle(torch.device("cpu"), torch.float32, [(1000, numel), (10, 100)])
-        compiled = ops._module("compiled")
-        kernels = compiled._products, compiled._write_sums
+        numel, k = 512 * 512, 2500
+        ops.settle(torch.device("cpu"), torch.float32, [(k, numel), (10, 100)])
+        from spiel.ops import blocked, compiled, scans
+        kernels = compiled._products, scans._write_sums, scans._above, scans._find, scans._exchange
         before = [len(kernel.signatures) for kernel in kernels]
-        indices, values = random_support(1000, numel), torch.ones(1000)
+        indices, values = random_support(k, numel), torch.rand(k)
         assert ops.write_entries(torch.zeros(512, 512), indices, values, values)
-        ops.sampled_gradient(torch.ones(8, 512), torch.ones(8, 512), indices)
+        left, right = torch.randn(8, 512), torch.randn(8, 512)
+        ops.sampled_gradient(left, right, indices)
+        candidates, sums = blocked.largest_gradients(left, right, k)
+        slots, entering = grow_by_gradients(candidates, sums, indices, values, k // 2)
+        exchange(indices, slots, candidates[entering])
         print(before, [len(kernel.signatures) for kernel in kernels], dict(ops.backend_calls))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[1, 1] [1, 1] {'compiled': 1}"
+    assert done.stdout.strip() == "[1, 1, 1, 1, 1] [1, 1, 1, 1, 1] {'compiled': 1}"
 
 
 def test_small_models_are_spared_the_compiler():
@@ -303,3 +308,11 @@ def test_small_models_are_spared_the_compiler():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_block_of_products_is_let_go_of():
+    left, right = operands(8, 40, 33)
+    blocked.largest_gradients(left, right, 5)
+    assert len(blocked._kept.block) >= 40 * 33
+    ops.forget()
+    assert blocked._kept.block is None

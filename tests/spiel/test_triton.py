@@ -12,7 +12,7 @@ import torch
 
 import spiel
 from spiel import ops
-from spiel.ops import reference
+from spiel.ops import optional, reference
 from spiel.support import random_support
 
 pytest.importorskip("triton")
@@ -106,7 +106,7 @@ def test_the_same_bits_every_time():
     left, right = operands(500, 20, 30, torch.bfloat16)
     indices = random_support(300, 600, DEVICE)
     first = on_triton(left, right, indices)
-    ops.forget_operands()
+    ops.forget()
     assert torch.equal(on_triton(left, right, indices), first)
 
 
@@ -165,7 +165,7 @@ def test_without_triton_the_message_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "spiel.ops.triton_kernels")
     monkeypatch.delattr(ops, "triton_kernels")
-    monkeypatch.setattr(ops, "_module", ops._module.__wrapped__)  # imports each time
+    monkeypatch.setattr(optional, "module", optional.module.__wrapped__)  # imports each time
     left, right = operands(4, 3, 3)
     with ops.use_backend("triton"), pytest.raises(ImportError, match="needs triton"):
         ops.sampled_gradient(left, right, torch.tensor([1], device=DEVICE))

@@ -1,0 +1,142 @@
+"""What takes torch several passes over an array, in one, on a CPU; numba compiles it."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+
+from spiel.ops.threads import set_threads
+
+#: All bits of an fp32 number but its sign: read as an integer, it grows with the magnitude.
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+
+#: So many entries are looked at together, and one by one only if one of them passes.
+_RUN = 8
+
+
+@numba.njit(nogil=True, cache=True, parallel=True)
+def _write_sums(weight, indices, originals, deltas):  # type: ignore[no-untyped-def]
+    for e in numba.prange(len(indices)):
+        weight[indices[e]] = originals[e] + deltas[e]
+
+
+def write_entries(
+    weight: torch.Tensor, indices: torch.Tensor, originals: torch.Tensor, deltas: torch.Tensor
+) -> None:
+    """weight[indices] = originals + deltas, all [k] and fp32, in one pass.
+
+    Args:
+        weight: [rows, cols], fp32, contiguous, on a CPU. Autograd does not see it change.
+    """
+    set_threads()
+    tensors = (weight.view(-1), indices, originals, deltas)
+    _write_sums(*(tensor.detach().numpy() for tensor in tensors))
+
+
+@numba.njit(nogil=True, cache=True)
+def _collect(values, bits, bound, offset, places, found):  # type: ignore[no-untyped-def]
+    """Writes down what is above the bound, with `offset` added to its place; returns how many."""
+    # Unsigned numbers as indices: numba would look whether others are negative, at each access.
+    n, run = np.uint64(0), np.uint64(_RUN)
+    whole = np.uint64(len(bits)) // run * run
+    for start in range(np.uint64(0), whole, run):
+        least = np.int32(0)
+        for e in range(start, start + run):
+            least |= bound - (bits[e] & _MAGNITUDE)  # negative if one of them is
+        if least < 0:
+            for e in range(start, start + run):
+                places[n], found[n] = np.int64(e) + offset, values[e]
+                n += np.uint64((bits[e] & _MAGNITUDE) > bound)
+    for e in range(whole, np.uint64(len(bits))):
+        places[n], found[n] = np.int64(e) + offset, values[e]
+        n += np.uint64((bits[e] & _MAGNITUDE) > bound)
+    return n
+
+
+@numba.njit(nogil=True, cache=True, parallel=True)
+def _above(values, bits, bound, num_threads, places, found, counts):  # type: ignore[no-untyped-def]
+    """Each thread fills `places` and `found` from where its part of `values` begins, and says how
+    many there are.
+    """
+    size = (len(bits) + num_threads - 1) // num_threads
+    for thread in numba.prange(num_threads):
+        first = min(len(bits), thread * size)
+        own = slice(first, min(len(bits), first + size))
+        counts[thread] = _collect(
+            values[own], bits[own], bound, first, places[first:], found[first:]
+        )
+
+
+def above(values: torch.Tensor, bound: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ascending places, in int64, of the fp32 `values` [n] whose magnitude is above `bound`, which
+    is not negative, or that are NaN; and those values. All of them, where the bound is NaN.
+    """
+    num_threads = set_threads()
+    # An entry is written before it is known whether it counts: the last may be one too far.
+    places, found = np.empty(len(values) + 1, np.int64), np.empty(len(values) + 1, np.float32)
+    counts = np.empty(num_threads, np.int64)
+    array = values.detach().numpy()
+    bits = array.view(np.int32)
+    bound_bits = np.int32(-1) if np.isnan(bound) else np.float32(bound).view(np.int32)
+    arguments = (array, bits, bound_bits, num_threads, places, found, counts)
+    _above(*arguments)
+    size = -(-len(values) // num_threads)
+    parts = [slice(i * size, i * size + count) for i, count in enumerate(counts)]
+    joined = (np.concatenate([each[part] for part in parts]) for each in (places, found))
+    some_places, some_values = (torch.from_numpy(each) for each in joined)
+    return some_places, some_values
+
+
+@numba.njit(nogil=True, cache=True)
+def _find(indices, queries, slots, is_found):  # type: ignore[no-untyped-def]
+    """Both are sorted: every step goes on in one of them, and takes no branch."""
+    slot = query = 0
+    while query < len(queries):
+        is_below = slot < len(indices) - 1 and indices[slot] < queries[query]
+        slots[query] = slot
+        is_found[query] = indices[slot] == queries[query]
+        slot += is_below
+        query += not is_below
+
+
+def find(indices: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `spiel.support.find`, for `queries` [n] that are sorted, of the same dtype."""
+    slots, is_found = np.empty(len(queries), np.int64), np.empty(len(queries), np.bool_)
+    arrays = (indices.numpy(), queries.numpy(), slots, is_found)
+    _find(*arrays)
+    return torch.from_numpy(slots), torch.from_numpy(is_found)
+
+
+@numba.njit(nogil=True, cache=True)
+def _exchange(indices, slots, entering, changed, source, grown):  # type: ignore[no-untyped-def]
+    place = gone = new = 0
+    for slot in range(len(indices) + 1):
+        while new < len(entering) and (slot == len(indices) or entering[new] < indices[slot]):
+            changed[place], source[place], grown[new] = entering[new], slots[new], place
+            new, place = new + 1, place + 1
+        if gone < len(slots) and slots[gone] == slot:
+            gone += 1
+        elif slot < len(indices):
+            changed[place], source[place] = indices[slot], slot
+            place += 1
+
+
+def exchange(
+    indices: torch.Tensor, slots: torch.Tensor, entering: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `spiel.reselection.exchange`: the fields of an Exchange."""
+    changed = torch.empty_like(indices)
+    source = torch.empty(len(indices), dtype=torch.int64, device="cpu")
+    grown = torch.empty_like(slots)
+    tensors = (indices, slots, entering, changed, source, grown)
+    _exchange(*(tensor.numpy() for tensor in tensors))
+    return changed, source, grown
+
+
+def settle() -> None:
+    """Has all that reselections use compiled now, for int32 supports."""
+    some, all_of_it = torch.arange(2, dtype=torch.int32), torch.arange(2)
+    above(torch.ones(2), 1.0)
+    find(some, some)
+    exchange(some, all_of_it, some)

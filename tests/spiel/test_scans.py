@@ -1,0 +1,91 @@
+"""numba's walks along arrays: each to the same bits as what torch's operations say."""
+
+from unittest.mock import Mock, patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spiel import reselection, support
+from spiel.ops import blocked, optional
+from spiel.support import random_support
+
+scans = pytest.importorskip("spiel.ops.scans")
+
+#: Of fp32 values: their signs, zeros, and what is not finite.
+VALUES = [0.0, -0.0, 1.0, -1.0, 2.5, 1e-42, float("inf"), -float("inf"), float("nan")]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from(VALUES), min_size=1, max_size=100),
+    st.sampled_from([0.0, 1e-42, 1.0, 2.0, float("inf"), float("nan")]),
+    st.sampled_from([1, 2, 3, 7, 64]),
+)
+def test_above_takes_what_is_larger_in_magnitude_or_no_number(values, bound, num_threads):
+    values = torch.tensor(values)
+    with patch.object(scans, "set_threads", lambda: num_threads):
+        places, found = scans.above(values, bound)
+    expected = (values.abs() <= bound).logical_not().nonzero().squeeze(1)
+    assert torch.equal(places, expected)
+    torch.testing.assert_close(found, values[expected], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("height", [1, 3, 100])
+def test_the_largest_gradients_are_the_same_with_and_without(dtype, height, monkeypatch):
+    torch.manual_seed(0)
+    left, right = torch.randn(40, 300, dtype=dtype), torch.randn(40, 256, dtype=dtype)
+    left[:, 7] = 0  # equals
+    monkeypatch.setattr(blocked, "WORKSPACE_BYTES", height * 256 * 17)
+    monkeypatch.setattr(optional, "CPU_MIN_NUMEL", 2)
+    found = {}
+    for has_numba in (True, False):
+        monkeypatch.setattr(optional, "has_numba", lambda has_numba=has_numba: has_numba)
+        found[has_numba] = blocked.largest_gradients(left, right, 900)
+    for by_numba, by_torch in zip(*found.values(), strict=True):
+        assert by_numba.dtype == by_torch.dtype
+        assert torch.equal(by_numba, by_torch)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_find_and_exchange_are_the_same_with_and_without(dtype, data):
+    numel = data.draw(st.integers(1, 60))
+    k = data.draw(st.integers(1, numel))
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+    indices = random_support(k, numel).to(dtype)
+    queries = random_support(data.draw(st.integers(0, numel)), numel).to(dtype)
+    found = scans.find(indices, queries)
+    slots, is_found = support.find(indices, queries)
+    assert torch.equal(found[1], is_found)
+    assert torch.equal(found[0], slots)
+    entering = queries[~is_found][:k]
+    leaving = random_support(len(entering), k).long()
+    by_torch = reselection.exchange(indices, leaving, entering)
+    for name, own in zip(
+        ("indices", "source", "grown"), scans.exchange(indices, leaving, entering), strict=True
+    ):
+        expected = getattr(by_torch, name)
+        assert own.dtype == expected.dtype, name
+        assert torch.equal(own, expected), name
+
+
+def test_a_large_support_is_exchanged_by_numba_and_as_without(monkeypatch):
+    torch.manual_seed(0)
+    numel, k = 2**18, 2 * reselection.NUMBA_MIN_K
+    indices, candidates = random_support(k, numel), random_support(k, numel)
+    deltas, sums = torch.randn(k), torch.randn(k)
+    changes = []
+    by_numba = Mock(wraps=scans.exchange)
+    monkeypatch.setattr(scans, "exchange", by_numba)
+    for has_numba in (True, False):
+        monkeypatch.setattr(optional, "has_numba", lambda has_numba=has_numba: has_numba)
+        slots, entering = reselection.grow_by_gradients(candidates, sums, indices, deltas, k // 3)
+        changes.append(reselection.exchange(indices, slots, candidates[entering]))
+    assert by_numba.call_count == 1
+    assert torch.equal(changes[0].indices, changes[1].indices)
+    assert torch.equal(changes[0].source, changes[1].source)
+    assert torch.equal(changes[0].grown, changes[1].grown)
