@@ -136,11 +136,13 @@ class SpielAdamW(SpielOptimizer):
         for name, seed, beta in zip(
             MOMENTS, seeds, self._group_of(parameter)["betas"], strict=True
         ):
-            moved = fetch(state, name, self.state_dtype)[exchange.source]
+            moved = fetch(state, name, self.state_dtype).index_select(0, exchange.source)
             moved.index_copy_(0, exchange.grown, seed * (1 - beta**num_steps))
             store(state, name, moved, self.state_dtype)
-        age = state["age"].to(parameter.device).expand(parameter.shape)[exchange.source]
-        state["age"] = age.index_fill_(0, exchange.grown, num_steps)
+        age = state["age"].to(parameter.device).expand(parameter.shape)
+        state["age"] = age.index_select(0, exchange.source).index_fill_(
+            0, exchange.grown, num_steps
+        )
         self.note_support(parameter)
 
     def _group_of(self, parameter: torch.Tensor) -> dict[str, Any]:

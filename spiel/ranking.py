@@ -1,4 +1,4 @@
-"""Which entries rank highest."""
+"""Which entries rank highest, and where."""
 
 from __future__ import annotations
 
@@ -21,9 +21,16 @@ def largest(ranks: torch.Tensor, k: int) -> torch.Tensor:
     mask = ranks >= bound
     surplus = int(mask.sum()) - k
     if surplus > 0:
-        equals = (ranks == bound).nonzero().squeeze(1)
+        equals = places(ranks == bound)
         mask.index_fill_(0, equals[-surplus:], False)
     return mask
+
+
+def places(mask: torch.Tensor) -> torch.Tensor:
+    """Where `mask` [n] is True: places [m], ascending, in int64."""
+    if mask.device.type == "cpu":  # several times as fast
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.nonzero().squeeze(1)
 
 
 def kth_largest(ranks: torch.Tensor, k: int) -> torch.Tensor:

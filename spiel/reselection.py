@@ -14,7 +14,7 @@ from numbers import Integral
 import torch
 
 from spiel.ops import optional
-from spiel.ranking import largest
+from spiel.ranking import largest, places
 from spiel.support import find
 
 #: Of smaller supports torch's operations cost little more.
@@ -84,7 +84,7 @@ class Exchange:
 
     def move(self, values: torch.Tensor) -> torch.Tensor:
         """Per-entry values [k] brought to the new order, 0 for grown entries."""
-        return values[self.source].index_fill_(0, self.grown, 0)
+        return values.index_select(0, self.source).index_fill_(0, self.grown, 0)
 
 
 def drop(deltas: torch.Tensor, n: int) -> torch.Tensor:
@@ -111,17 +111,17 @@ def grow_by_gradients(
         slots, is_active = optional.module("scans").find(indices, candidates)
     else:
         slots, is_active = find(indices, candidates)
-    stays = is_active & dropped[slots].logical_not_()
+    stays = is_active & dropped.index_select(0, slots).logical_not_()
     ranks = gradient_sums.abs().masked_fill_(stays, -1)
     grown = largest(ranks, min(n, len(stays) - int(stays.sum())))
-    returns = slots[grown & is_active]
-    entering = (grown & is_active.logical_not_()).nonzero().squeeze(1)
+    returns = slots.index_select(0, places(grown & is_active))
+    entering = places(grown & is_active.logical_not_())
     leaving = dropped.index_fill_(0, returns, False)
     if len(entering) < n - len(returns):
         leaving = drop(
             deltas.detach().masked_fill(leaving.logical_not_(), torch.inf), len(entering)
         )
-    return leaving.nonzero().squeeze(1), entering
+    return places(leaving), entering
 
 
 def exchange(indices: torch.Tensor, slots: torch.Tensor, entering: torch.Tensor) -> Exchange:
@@ -133,13 +133,13 @@ def exchange(indices: torch.Tensor, slots: torch.Tensor, entering: torch.Tensor)
     if _is_for_numba(indices):
         return Exchange(*optional.module("scans").exchange(indices, slots, entering))
     is_staying = torch.ones(len(indices), dtype=torch.bool, device=indices.device)
-    staying = is_staying.index_fill_(0, slots, False).nonzero().squeeze(1)
+    staying = places(is_staying.index_fill_(0, slots, False))
     kept = indices[staying]
     # Before the j-th that enters stand those of the kept that are smaller, and j entering ones.
     order = torch.arange(len(slots), device=indices.device)
     grown = torch.searchsorted(kept, entering).add_(order)
     is_old = torch.ones(len(indices), dtype=torch.bool, device=indices.device)
-    old = is_old.index_fill_(0, grown, False).nonzero().squeeze(1)
+    old = places(is_old.index_fill_(0, grown, False))
     changed = torch.empty_like(indices).index_copy_(0, grown, entering).index_copy_(0, old, kept)
     source = torch.empty_like(indices, dtype=torch.int64)
     source.index_copy_(0, grown, slots).index_copy_(0, old, staying)

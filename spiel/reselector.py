@@ -21,6 +21,7 @@ from spiel.model import spiel_layers
 from spiel.ops.blocked import largest_products
 from spiel.optim import SpielAdamW, move_state
 from spiel.quorum import Quorum
+from spiel.ranking import places
 from spiel.reselection import Exchange, Schedule, drop, exchange, grow_by_gradients
 from spiel.sm3 import SpielSM3
 from spiel.support import version_of
@@ -254,7 +255,7 @@ class Reselector:
         assert isinstance(self.optimizer, SpielSM3)
         deltas, indices = layer.spiel_deltas[self.adapter], layer.spiel_indices[self.adapter]
         grown = largest_products(*self.optimizer.momenta(deltas), n, exclude=indices)
-        slots = drop(deltas, len(grown)).nonzero().squeeze(1)
+        slots = places(drop(deltas, len(grown)))
         change = self._exchange(layer, slots, grown)
         self.optimizer.reselect(deltas, change)
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from spiel.ops import optional
-from spiel.ranking import kth_largest, largest
+from spiel.ranking import kth_largest, largest, places
 from spiel.support import index_dtype, version_of
 
 #: The most memory an op may take beside its operands and its result.
@@ -110,8 +110,8 @@ class BlockEntries:
         """Takes what is wanted of the block whose first row is `start`."""
         for indices, parts, own in zip(self._supports, self._parts, self.values, strict=True):
             here = slice(*parts[start])
-            places = indices[here] - start * self._cols if start > 0 else indices[here]
-            torch.index_select(block.reshape(-1), 0, places, out=own[here])
+            in_block = indices[here] - start * self._cols if start > 0 else indices[here]
+            torch.index_select(block.reshape(-1), 0, in_block, out=own[here])
 
 
 def sampled_gradients(
@@ -187,12 +187,12 @@ def _highest(
     if len(entries) >= 2**16 and 8 * k <= len(entries):
         sample = rank(entries[::SAMPLE_STRIDE]).contiguous()
         share = min(len(sample), round(SAMPLE_MARGIN * k / SAMPLE_STRIDE) + 1)
-        places, passing = _above(entries, rank, kth_largest(sample, share))
+        where, passing = _above(entries, rank, kth_largest(sample, share))
         if len(passing) >= k:
-            kept = best(rank(passing), k).nonzero().squeeze(1)
-            return places[kept], passing[kept]
-    places = best(rank(entries), k).nonzero().squeeze(1)
-    return places, entries[places]
+            kept = places(best(rank(passing), k))
+            return where[kept], passing[kept]
+    where = places(best(rank(entries), k))
+    return where, entries[where]
 
 
 def _above(
@@ -203,8 +203,8 @@ def _above(
         found: tuple[torch.Tensor, torch.Tensor]
         found = optional.module("scans").above(entries, float(bound))
         return found
-    places = (rank(entries) <= bound).logical_not_().nonzero().squeeze(1)
-    return places, entries[places]
+    where = places((rank(entries) <= bound).logical_not_())
+    return where, entries[where]
 
 
 #: Support -> its version, and where it was cut at which bounds.
@@ -252,10 +252,10 @@ def _largest(
     for start, stop in row_blocks(rows, cols):
         entries = block(start, stop)
         if len(values) < k:
-            places, found = _highest(entries, rank, best, min(k, len(entries)))
+            where, found = _highest(entries, rank, best, min(k, len(entries)))
         else:
-            places, found = _above(entries, rank, rank(values).amin())
-        indices = torch.cat([indices, places + start * cols])
+            where, found = _above(entries, rank, rank(values).amin())
+        indices = torch.cat([indices, where + start * cols])
         values = torch.cat([values, found])
         if start > 0:
             kept = best(rank(values), min(k, len(values)))

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spiel.ranking import kth_largest, largest
+from spiel.ranking import kth_largest, largest, places
 
 FLOATS = st.floats(width=16, allow_nan=True, allow_infinity=True)
 
@@ -27,3 +27,11 @@ def test_kth_largest(dtype):
 def test_more_than_there_are_is_refused():
     with pytest.raises(ValueError, match=r"k must be in \[0, 2\], got 3"):
         largest(torch.zeros(2), 3)
+
+
+@given(st.lists(st.booleans()), st.integers(1, 3))
+def test_places_are_those_of_torch(marks, stride):
+    mask = torch.tensor(marks, dtype=torch.bool)[::stride]
+    found = places(mask)
+    assert found.dtype == torch.int64
+    assert torch.equal(found, mask.nonzero().squeeze(1))
