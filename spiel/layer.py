@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from spiel import ops
 from spiel.delta_layer import DeltaLayer
 from spiel.support import check_loaded, check_support, index_dtype, random_support
-from spiel.tap import Observer, Tap, is_wanted
+from spiel.tap import Observer, Tap
 
 
 class SpielLinear(DeltaLayer):
@@ -123,18 +123,11 @@ class SpielLinear(DeltaLayer):
         left, right = grad_out.reshape(-1, grad_out.shape[-1]), x.reshape(-1, x.shape[-1])
         if self.inputs_are_rows:
             left, right = right, left
+        indices, observer = self.spiel_indices[adapter], self.observers.get(adapter)
         with _without_autocast(x.device.type):
-            indices, observer = self.spiel_indices[adapter], self._observer(adapter)
             if observer is not None:
                 return observer.observe(left, right, indices)
             return ops.sampled_gradient(left, right, indices)
-
-    def _observer(self, adapter: str) -> Observer | None:
-        """Who watches, unless backward is after other gradients (`torch.autograd.grad`)."""
-        observer = self.observers.get(adapter)
-        if observer is None or not is_wanted(self.spiel_deltas[adapter]):
-            return None
-        return observer
 
     # -- moving, copying, saving ------------------------------------------------------------
 

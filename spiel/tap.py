@@ -65,8 +65,12 @@ class Tap(torch.autograd.Function):
         if ctx.layer.live_adapters != ctx.adapters:
             ctx.layer.make_live(ctx.adapters)
         gradients = [
-            ctx.layer.delta_gradient(adapter, *ctx.saved_tensors, grad_out) if needed else None
-            for adapter, needed in zip(ctx.adapters, ctx.needs_input_grad[4:], strict=True)
+            ctx.layer.delta_gradient(adapter, *ctx.saved_tensors, grad_out)
+            if needed and _will_run(node)
+            else None
+            for adapter, needed, (node, _) in zip(
+                ctx.adapters, ctx.needs_input_grad[4:], ctx.next_functions[2:], strict=True
+            )
         ]
         return grad_out, None, None, None, *gradients
 
@@ -85,9 +89,12 @@ def _forget_at_the_end() -> None:
 
 def is_wanted(parameter: torch.Tensor) -> bool:
     """Whether the backward pass under way gives `parameter` a gradient."""
-    if not parameter.requires_grad:
-        return False
+    return parameter.requires_grad and _will_run(get_gradient_edge(parameter).node)
+
+
+def _will_run(node: Any) -> bool:
+    """Whether the backward pass under way goes on to `node`."""
     try:
-        return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+        return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # torch.autograd.grad names it as what it wants, or this is no backward
         return True

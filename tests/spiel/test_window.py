@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import spiel
+from spiel import ops
 from spiel.ops.blocked import largest_gradients
 from spiel.support import random_support
 from spiel.window import GradientWindow
@@ -92,6 +93,17 @@ def test_a_step_that_is_not_finite_does_not_count():
     loss_of(model).backward()
     step(optimizer, reselector)
     assert all(bool(v.isfinite().all()) for _, v in spiel.get_deltas(model).values())
+
+
+def test_gradients_of_deltas_are_not_formed_for_who_wants_those_of_inputs_alone():
+    model, _, reselector = make()
+    reselector.close()
+    x = X.clone().requires_grad_()
+    before = ops.backend_calls.total()
+    torch.autograd.grad(loss_of(model, x), x)
+    assert ops.backend_calls.total() == before
+    loss_of(model, x).backward()
+    assert ops.backend_calls.total() > before
 
 
 def test_gradients_of_inputs_alone_are_not_observed():
