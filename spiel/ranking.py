@@ -19,7 +19,7 @@ def largest(ranks: torch.Tensor, k: int) -> torch.Tensor:
     ranks = ranks.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     bound = kth_largest(ranks, k)
     mask = ranks >= bound
-    surplus = int(mask.sum()) - k
+    surplus = count(mask) - k
     if surplus > 0:
         equals = places(ranks == bound)
         mask.index_fill_(0, equals[-surplus:], False)
@@ -31,6 +31,13 @@ def places(mask: torch.Tensor) -> torch.Tensor:
     if mask.device.type == "cpu":  # several times as fast
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.nonzero().squeeze(1)
+
+
+def count(mask: torch.Tensor) -> int:
+    """How many of `mask` [n] are True."""
+    if mask.device.type == "cpu":  # many times as fast
+        return int(np.count_nonzero(mask.numpy()))
+    return int(mask.sum())
 
 
 def kth_largest(ranks: torch.Tensor, k: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from numbers import Integral
 import torch
 
 from spiel.ops import optional
-from spiel.ranking import largest, places
+from spiel.ranking import count, largest, places
 from spiel.support import find
 
 #: Of smaller supports torch's operations cost little more.
@@ -113,7 +113,7 @@ def grow_by_gradients(
         slots, is_active = find(indices, candidates)
     stays = is_active & dropped.index_select(0, slots).logical_not_()
     ranks = gradient_sums.abs().masked_fill_(stays, -1)
-    grown = largest(ranks, min(n, len(stays) - int(stays.sum())))
+    grown = largest(ranks, min(n, len(stays) - count(stays)))
     returns = slots.index_select(0, places(grown & is_active))
     entering = places(grown & is_active.logical_not_())
     leaving = dropped.index_fill_(0, returns, False)

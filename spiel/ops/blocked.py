@@ -190,9 +190,9 @@ def _highest(
         where, passing = _above(entries, rank, kth_largest(sample, share))
         if len(passing) >= k:
             kept = places(best(rank(passing), k))
-            return where[kept], passing[kept]
+            return where.index_select(0, kept), passing.index_select(0, kept)
     where = places(best(rank(entries), k))
-    return where, entries[where]
+    return where, entries.index_select(0, where)
 
 
 def _above(
@@ -204,7 +204,7 @@ def _above(
         found = optional.module("scans").above(entries, float(bound))
         return found
     where = places((rank(entries) <= bound).logical_not_())
-    return where, entries[where]
+    return where, entries.index_select(0, where)
 
 
 #: Support -> its version, and where it was cut at which bounds.
@@ -255,9 +255,11 @@ def _largest(
             where, found = _highest(entries, rank, best, min(k, len(entries)))
         else:
             where, found = _above(entries, rank, rank(values).amin())
-        indices = torch.cat([indices, where + start * cols])
-        values = torch.cat([values, found])
-        if start > 0:
-            kept = best(rank(values), min(k, len(values)))
-            indices, values = indices[kept], values[kept]
+        if start == 0:
+            indices, values = where, found
+        else:
+            indices = torch.cat([indices, where + start * cols])
+            values = torch.cat([values, found])
+            kept = places(best(rank(values), min(k, len(values))))
+            indices, values = indices.index_select(0, kept), values.index_select(0, kept)
     return indices, values
