@@ -17,9 +17,6 @@ from spiel.ops import optional
 from spiel.ranking import count, largest, places
 from spiel.support import find
 
-#: Of smaller supports torch's operations cost little more.
-NUMBA_MIN_K = 2**11
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -107,7 +104,7 @@ def grow_by_gradients(
     smallest deltas go first.
     """
     dropped = drop(deltas, n)
-    if _is_for_numba(indices):
+    if optional.are_for_numba(indices.device, len(indices)):
         slots, is_active = optional.module("scans").find(indices, candidates)
     else:
         slots, is_active = find(indices, candidates)
@@ -130,7 +127,7 @@ def exchange(indices: torch.Tensor, slots: torch.Tensor, entering: torch.Tensor)
     `entering` is sorted and has no index that is active; `slots` is ascending.
     """
     entering = entering.to(indices.dtype)
-    if _is_for_numba(indices):
+    if optional.are_for_numba(indices.device, len(indices)):
         return Exchange(*optional.module("scans").exchange(indices, slots, entering))
     is_staying = torch.ones(len(indices), dtype=torch.bool, device=indices.device)
     staying = places(is_staying.index_fill_(0, slots, False))
@@ -144,8 +141,3 @@ def exchange(indices: torch.Tensor, slots: torch.Tensor, entering: torch.Tensor)
     source = torch.empty_like(indices, dtype=torch.int64)
     source.index_copy_(0, grown, slots).index_copy_(0, old, staying)
     return Exchange(changed, source, grown)
-
-
-def _is_for_numba(indices: torch.Tensor) -> bool:
-    """Whether one walk along sorted lists is worth what it takes to have it compiled."""
-    return indices.device.type == "cpu" and len(indices) >= NUMBA_MIN_K and optional.has_numba()

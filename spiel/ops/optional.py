@@ -14,6 +14,9 @@ import torch
 #: such weights are spared numba's 60 MB of compiler.
 CPU_MIN_NUMEL = 2**16
 
+#: Of fewer entries torch's operations cost little more.
+CPU_MIN_ENTRIES = 2**12
+
 
 @cache
 def module(name: str) -> ModuleType:
@@ -41,3 +44,8 @@ def has_numba() -> bool:
 def is_for_numba(device: torch.device, numel: int) -> bool:
     """Whether numba's kernels work on a weight of `numel` entries on `device`."""
     return device.type == "cpu" and numel >= CPU_MIN_NUMEL and has_numba()
+
+
+def are_for_numba(device: torch.device, k: int) -> bool:
+    """Whether one walk along `k` entries on `device` is worth what it takes to have it compiled."""
+    return device.type == "cpu" and k >= CPU_MIN_ENTRIES and has_numba()

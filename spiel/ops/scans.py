@@ -34,6 +34,44 @@ def write_entries(
     _write_sums(*(tensor.detach().numpy() for tensor in tensors))
 
 
+@numba.njit(nogil=True, cache=True, parallel=True, error_model="numpy")
+def _adamw(values, gradient, m, v, ages, table, part1, beta2, part2, eps, lr, kept):  # type: ignore[no-untyped-def]
+    stride = 1 if len(ages) > 1 else 0
+    for e in numba.prange(len(values)):
+        g = gradient[e]
+        m[e] += part1 * (g - m[e])
+        v[e] = beta2 * v[e] + part2 * g * g
+        step = m[e] / (np.sqrt(v[e]) + eps) * table[ages[e * stride]]
+        values[e] = (values[e] - lr * step) * kept
+
+
+def adamw(
+    values: torch.Tensor,
+    gradient: torch.Tensor,
+    m: torch.Tensor,
+    v: torch.Tensor,
+    ages: torch.Tensor,
+    table: torch.Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    """A step of `spiel.SpielAdamW`, which changes `values`, `m` and `v`, in one pass.
+
+    Args:
+        values: fp32 and contiguous, as are `gradient`, `m` and `v` of as many entries.
+        ages: int16, one for each entry or for all.
+        table: fp32; what each age multiplies its step by.
+    """
+    set_threads()
+    changed = [each.detach().view(-1).numpy() for each in (values, m, v)]  # views, never copies
+    read = [each.detach().reshape(-1).numpy() for each in (gradient, ages, table)]
+    beta1, beta2 = betas
+    numbers = 1 - beta1, beta2, 1 - beta2, eps, lr, 1 - lr * weight_decay
+    _adamw(changed[0], read[0], *changed[1:], *read[1:], *map(np.float32, numbers))
+
+
 @numba.njit(nogil=True, cache=True)
 def _collect(values, bits, bound, offset, places, found):  # type: ignore[no-untyped-def]
     """Writes down what is above the bound, with `offset` added to its place; returns how many."""
@@ -135,8 +173,10 @@ def exchange(
 
 
 def settle() -> None:
-    """Has all that reselections use compiled now, for int32 supports."""
+    """Has all that steps and reselections use compiled now, for int32 supports."""
     some, all_of_it = torch.arange(2, dtype=torch.int32), torch.arange(2)
-    above(torch.ones(2), 1.0)
+    values = torch.ones(2)
+    adamw(values, values, values, values, some.short(), values, (0.9, 0.99), 1e-8, 1e-3, 0.0)
+    above(values, 1.0)
     find(some, some)
     exchange(some, all_of_it, some)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import spiel
 from spiel import reselection, support
 from spiel.ops import blocked, optional
 from spiel.support import random_support
@@ -75,7 +76,7 @@ def test_find_and_exchange_are_the_same_with_and_without(dtype, data):
 
 def test_a_large_support_is_exchanged_by_numba_and_as_without(monkeypatch):
     torch.manual_seed(0)
-    numel, k = 2**18, 2 * reselection.NUMBA_MIN_K
+    numel, k = 2**18, 2 * optional.CPU_MIN_ENTRIES
     indices, candidates = random_support(k, numel), random_support(k, numel)
     deltas, sums = torch.randn(k), torch.randn(k)
     changes = []
@@ -89,3 +90,45 @@ def test_a_large_support_is_exchanged_by_numba_and_as_without(monkeypatch):
     assert torch.equal(changes[0].indices, changes[1].indices)
     assert torch.equal(changes[0].source, changes[1].source)
     assert torch.equal(changes[0].grown, changes[1].grown)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_a_step_of_many_entries_is_one_pass_and_the_same_as_without(state_dtype, monkeypatch):
+    """To rounding: torch divides by multiplying with a reciprocal."""
+    k = optional.CPU_MIN_ENTRIES
+    shapes = [(k,), (2, k), (k - 1,)]  # the last is too small
+    by_numba = Mock(wraps=scans.adamw)
+    monkeypatch.setattr(scans, "adamw", by_numba)
+    found = {}
+    for has_numba in (True, False):
+        monkeypatch.setattr(optional, "has_numba", lambda has_numba=has_numba: has_numba)
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+        optimizer = spiel.SpielAdamW(parameters, lr=0.01, weight_decay=0.1, state_dtype=state_dtype)
+        for step in range(4):
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            if step == 2:
+                ages = torch.arange(k, dtype=torch.int16) % 50 + 1
+                optimizer.state[parameters[0]]["age"] = ages
+            optimizer.step()
+        found[has_numba] = parameters, optimizer.state_dict()["state"]
+    assert by_numba.call_count == 2 * 4
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-6} if state_dtype == "float32" else {"rtol": 1e-2, "atol": 1e-3}
+    )
+    torch.testing.assert_close(*found.values(), **tolerance)
+
+
+def test_parameters_of_other_dtypes_or_layouts_take_steps_too():
+    parameters = [
+        torch.nn.Parameter(torch.ones(2, optional.CPU_MIN_ENTRIES).t()),
+        torch.nn.Parameter(torch.ones(optional.CPU_MIN_ENTRIES, dtype=torch.bfloat16)),
+    ]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    spiel.SpielAdamW(parameters, lr=0.5).step()
+    for parameter in parameters:
+        torch.testing.assert_close(
+            parameter.float(), torch.full(parameter.shape, 0.5), rtol=0, atol=1e-2
+        )
