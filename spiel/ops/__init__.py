@@ -81,11 +81,8 @@ def settle(device: torch.device, dtype: torch.dtype, sizes: Iterable[tuple[int, 
         values = torch.zeros(2, device=device)
         weight = torch.zeros(optional.CPU_MIN_NUMEL // 16, 16, dtype=dtype, device=device)
         write_entries(weight, indices[:2], values.to(dtype), values)
-    if any(
-        optional.is_for_numba(device, numel) or optional.are_for_numba(device, k)
-        for k, numel in sizes
-    ):
-        optional.module("scans").settle()
+        if device.type == "cpu" and optional.has_numba():
+            optional.module("scans").settle()
 
 
 def forget() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from functools import cache
 from importlib import import_module
@@ -15,7 +16,7 @@ import torch
 CPU_MIN_NUMEL = 2**16
 
 #: Of fewer entries torch's operations cost little more.
-CPU_MIN_ENTRIES = 2**12
+CPU_MIN_ENTRIES = 2**11
 
 
 @cache
@@ -47,5 +48,8 @@ def is_for_numba(device: torch.device, numel: int) -> bool:
 
 
 def are_for_numba(device: torch.device, k: int) -> bool:
-    """Whether one walk along `k` entries on `device` is worth what it takes to have it compiled."""
-    return device.type == "cpu" and k >= CPU_MIN_ENTRIES and has_numba()
+    """Whether numba's walks along `k` entries on `device` are worth a call, where some large weight
+    had them loaded.
+    """
+    is_worth_it = device.type == "cpu" and k >= CPU_MIN_ENTRIES
+    return is_worth_it and "spiel.ops.scans" in sys.modules and has_numba()
