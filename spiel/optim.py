@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from spiel.ops import optional
+from spiel.adamw import MAX_AGE, advance, is_for_one_pass
 from spiel.optimizer import SpielOptimizer
 from spiel.reselection import Exchange
 from spiel.state import check_state_dtype, fetch, store
 
-#: Ages saturate here: they fit 2 bytes, and by then bias correction is 1 in fp32 for b2 <= 0.999.
-MAX_AGE = 2**15 - 1
-
 #: So many entries are updated at once; their temporaries take up to 20 bytes each.
 BUNCH = 2**21
-
-_Tensors = list[torch.Tensor]
 
 #: The first and the second moment, as torch's own AdamW names them.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -84,14 +78,13 @@ class SpielAdamW(SpielOptimizer):
         for some in _bunches(parameters):
             self._update_together(some, group)
 
-    def _update_together(self, parameters: _Tensors, group: dict[str, Any]) -> None:
+    def _update_together(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
         """Updates parameters that are of one kind, as `_bunches` has them."""
         states = [self._state_of(parameter) for parameter in parameters]
         gradients = [p.grad.float() for p in parameters if p.grad is not None]
         m = [fetch(state, "exp_avg", self.state_dtype) for state in states]
         v = [fetch(state, "exp_avg_sq", self.state_dtype) for state in states]
         ages = [state["age"] for state in states]
-        advance = _advance_in_one_pass if _is_for_numba(parameters[0]) else _advance
         advance(parameters, gradients, m, v, ages, group)
         for state, own_m, own_v in zip(states, m, v, strict=True):
             store(state, "exp_avg", own_m, self.state_dtype)
@@ -169,49 +162,6 @@ def _states_per_weight(
     return [(n, v) for n, v in state.items() if isinstance(v, torch.Tensor) and v.dim() > 0]
 
 
-def _advance(
-    parameters: _Tensors,
-    gradients: _Tensors,
-    m: _Tensors,
-    v: _Tensors,
-    ages: _Tensors,
-    group: dict[str, Any],
-) -> None:
-    """Changes parameters, m and v. Each line is one call for all of them."""
-    beta1, beta2 = group["betas"]
-    torch._foreach_lerp_(m, gradients, 1 - beta1)
-    torch._foreach_mul_(v, beta2)
-    torch._foreach_addcmul_(v, gradients, gradients, 1 - beta2)
-    step = torch._foreach_sqrt(v)
-    torch._foreach_add_(step, group["eps"])
-    torch._foreach_reciprocal_(step)
-    torch._foreach_mul_(step, m)
-    _correct_bias(step, ages, beta1, beta2)
-    torch._foreach_add_(parameters, step, alpha=-group["lr"])
-    if group["weight_decay"]:
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-
-
-def _advance_in_one_pass(
-    parameters: _Tensors,
-    gradients: _Tensors,
-    m: _Tensors,
-    v: _Tensors,
-    ages: _Tensors,
-    group: dict[str, Any],
-) -> None:
-    """As `_advance`, on a CPU, in one pass over each parameter."""
-    table = _table(*group["betas"], torch.device("cpu"))
-    adamw = optional.module("scans").adamw
-    for own in zip(parameters, gradients, m, v, ages, strict=True):
-        adamw(*own, table, group["betas"], group["eps"], group["lr"], group["weight_decay"])
-
-
-def _is_for_numba(parameter: torch.Tensor) -> bool:
-    is_suited = parameter.dtype == torch.float32 and parameter.is_contiguous()
-    return is_suited and optional.are_for_numba(parameter.device, parameter.numel())
-
-
 #: What parameters that are updated together have in common: device, dtype, and by what.
 _Kind = tuple[torch.device, torch.dtype, bool]
 
@@ -221,34 +171,10 @@ def _bunches(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]
     bunches: dict[_Kind, list[torch.Tensor]] = {}
     sizes: Counter[_Kind] = Counter()
     for parameter in parameters:
-        kind = parameter.device, parameter.dtype, _is_for_numba(parameter)
+        kind = parameter.device, parameter.dtype, is_for_one_pass(parameter)
         if sizes[kind] and sizes[kind] + parameter.numel() > BUNCH:
             yield bunches.pop(kind)
             sizes[kind] = 0
         bunches.setdefault(kind, []).append(parameter)
         sizes[kind] += parameter.numel()
     yield from bunches.values()
-
-
-@lru_cache(maxsize=8)  # schedules that cycle beta1 ask for another one in every step
-def _table(beta1: float, beta2: float, device: torch.device) -> torch.Tensor:
-    """sqrt(1 - b2^age) / (1 - b1^age) for each age, in fp32."""
-    ages = torch.arange(MAX_AGE + 1, dtype=torch.float64, device="cpu")
-    return ((1 - beta2**ages).sqrt() / (1 - beta1**ages)).float().to(device)
-
-
-def _correct_bias(
-    steps: Sequence[torch.Tensor], ages: Sequence[torch.Tensor], beta1: float, beta2: float
-) -> None:
-    """Multiplies each step by what its age asks: one for the whole tensor, or for each entry."""
-    whole = [i for i, age in enumerate(ages) if age.dim() == 0]
-    if whole:  # these ages are on the CPU: no transfer for a number
-        table = _table(beta1, beta2, torch.device("cpu"))
-        factors = [float(table[int(ages[i])]) for i in whole]
-        torch._foreach_mul_([steps[i] for i in whole], factors)
-    single = [i for i, age in enumerate(ages) if age.dim() > 0]
-    if single:
-        table = _table(beta1, beta2, steps[0].device)
-        factor = table[torch.cat([ages[i] for i in single]).int()]
-        own = factor.split([len(ages[i]) for i in single])
-        torch._foreach_mul_([steps[i] for i in single], own)
