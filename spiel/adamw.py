@@ -16,6 +16,12 @@ MAX_AGE = 2**15 - 1
 _Tensors = list[torch.Tensor]
 
 
+def is_for_one_pass(parameter: torch.Tensor) -> bool:
+    """Whether numba's kernel takes the step of `parameter`."""
+    is_suited = parameter.dtype == torch.float32 and parameter.is_contiguous()
+    return is_suited and optional.are_for_numba(parameter.device, parameter.numel())
+
+
 def advance(
     parameters: _Tensors,
     gradients: _Tensors,
@@ -32,52 +38,24 @@ def advance(
         ages: int16, up to MAX_AGE: one for each entry [k], or for all of a parameter, on the CPU.
         group: lr, betas, eps and weight_decay.
     """
-    step = _advance_in_one_pass if is_for_one_pass(parameters[0]) else _advance_together
-    step(parameters, gradients, m, v, ages, group)
-
-
-def is_for_one_pass(parameter: torch.Tensor) -> bool:
-    """Whether numba's kernel takes the step of `parameter`."""
-    is_suited = parameter.dtype == torch.float32 and parameter.is_contiguous()
-    return is_suited and optional.are_for_numba(parameter.device, parameter.numel())
-
-
-def _advance_together(
-    parameters: _Tensors,
-    gradients: _Tensors,
-    m: _Tensors,
-    v: _Tensors,
-    ages: _Tensors,
-    group: dict[str, Any],
-) -> None:
-    """As `advance`. Each line is one call for all of them."""
-    beta1, beta2 = group["betas"]
+    (beta1, beta2), eps, lr = group["betas"], group["eps"], group["lr"]
+    if is_for_one_pass(parameters[0]):
+        adamw, table = optional.module("scans").adamw, _table(beta1, beta2, torch.device("cpu"))
+        for own in zip(parameters, gradients, m, v, ages, strict=True):
+            adamw(*own, table, (beta1, beta2), eps, lr, group["weight_decay"])
+        return
+    # Each line is one call for all of them.
     torch._foreach_lerp_(m, gradients, 1 - beta1)
     torch._foreach_mul_(v, beta2)
     torch._foreach_addcmul_(v, gradients, gradients, 1 - beta2)
     step = torch._foreach_sqrt(v)
-    torch._foreach_add_(step, group["eps"])
+    torch._foreach_add_(step, eps)
     torch._foreach_reciprocal_(step)
     torch._foreach_mul_(step, m)
     _correct_bias(step, ages, beta1, beta2)
-    torch._foreach_add_(parameters, step, alpha=-group["lr"])
+    torch._foreach_add_(parameters, step, alpha=-lr)
     if group["weight_decay"]:
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-
-
-def _advance_in_one_pass(
-    parameters: _Tensors,
-    gradients: _Tensors,
-    m: _Tensors,
-    v: _Tensors,
-    ages: _Tensors,
-    group: dict[str, Any],
-) -> None:
-    """As `advance`, on a CPU, in one pass over each parameter."""
-    table = _table(*group["betas"], torch.device("cpu"))
-    adamw = optional.module("scans").adamw
-    for own in zip(parameters, gradients, m, v, ages, strict=True):
-        adamw(*own, table, group["betas"], group["eps"], group["lr"], group["weight_decay"])
+        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
 
 
 @lru_cache(maxsize=8)  # schedules that cycle beta1 ask for another one in every step

@@ -6,7 +6,6 @@ import torch
 
 import spiel
 from spiel import adamw, optim
-from spiel.adamw import MAX_AGE
 from spiel.reselection import Exchange
 
 STATE_DTYPES = ["float32", "bfloat16", "8bit"]
@@ -66,10 +65,10 @@ def test_ages_saturate_and_do_not_overflow():
     parameter = parameter_with_gradient([1.0], [0.1])
     optimizer = spiel.SpielAdamW([parameter], lr=1e-3)
     optimizer.step()
-    optimizer.state[parameter]["age"].fill_(MAX_AGE)
+    optimizer.state[parameter]["age"].fill_(adamw.MAX_AGE)
     for _ in range(3):
         optimizer.step()
-    assert optimizer.state[parameter]["age"].item() == MAX_AGE
+    assert optimizer.state[parameter]["age"].item() == adamw.MAX_AGE
 
 
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES)
