@@ -64,13 +64,13 @@ class Tap(torch.autograd.Function):
         # may have been given to other adapters or been put back.
         if ctx.layer.live_adapters != ctx.adapters:
             ctx.layer.make_live(ctx.adapters)
+        # Nodes of `out`, `x` and the deltas; None where no gradient is needed.
+        nodes = [node for node, _ in ctx.next_functions[2:]]
         gradients = [
             ctx.layer.delta_gradient(adapter, *ctx.saved_tensors, grad_out)
-            if needed and _will_run(node)
+            if node is not None and _will_run(node)
             else None
-            for adapter, needed, (node, _) in zip(
-                ctx.adapters, ctx.needs_input_grad[4:], ctx.next_functions[2:], strict=True
-            )
+            for adapter, node in zip(ctx.adapters, nodes, strict=True)
         ]
         return grad_out, None, None, None, *gradients
 
