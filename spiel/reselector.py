@@ -243,9 +243,11 @@ class Reselector:
         assert candidates is not None and sums is not None and squares is not None
         deltas, indices = layer.spiel_deltas[self.adapter], layer.spiel_indices[self.adapter]
         slots, entering = grow_by_gradients(candidates, sums, indices, deltas, n)
-        change = self._exchange(layer, slots, candidates[entering])
+        change = self._exchange(layer, slots, candidates.index_select(0, entering))
         if isinstance(self.optimizer, SpielAdamW):
-            mean, sq_mean = (own[entering] / window.num_steps for own in (sums, squares))
+            mean, sq_mean = (
+                own.index_select(0, entering) / window.num_steps for own in (sums, squares)
+            )
             self.optimizer.reselect(deltas, change, mean, sq_mean, window.num_steps)
         else:
             move_state(self.optimizer, deltas, change)
