@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from spiel import ops
+from spiel import tap
 from spiel.live import LiveEntries
 from spiel.targets import weight_shape
 
@@ -95,7 +95,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
         Nothing is cached between calls: an optimizer may have changed the deltas by any means.
         """
-        ops.forget()
+        tap.forget()
         adapters = tuple(self._wanted())
         self.make_live(adapters)
         return adapters, tuple(self._deltas_of(adapter) for adapter in adapters)

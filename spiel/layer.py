@@ -1,7 +1,8 @@
 """SpielLinear: a frozen linear layer whose active entries hold the pretrained weight plus a delta.
 
 The weights are live: see `spiel.live`. Backward forms the gradient of the deltas only, from the
-layer's input, which is all that autograd keeps.
+layer's input, which is all that autograd keeps, and not even that where the model's own graph gives
+it again: see `spiel.recompute`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
-from spiel import ops
+from spiel import ops, recompute
 
 
 class Tapped(Protocol):
@@ -50,7 +50,8 @@ class Tap(torch.autograd.Function):
         *deltas: torch.Tensor,
     ) -> torch.Tensor:
         ctx.layer, ctx.adapters = layer, adapters
-        if any(ctx.needs_input_grad[4:]):
+        ctx.is_kept = any(ctx.needs_input_grad[4:]) and not recompute.can_remake(x)
+        if ctx.is_kept:
             ctx.save_for_backward(x)
         # The same memory with a history of its own. Returned as it is, `out` would be a view, which
         # nobody could change in place; marked as changed, it would be lost to who else kept it.
@@ -64,13 +65,15 @@ class Tap(torch.autograd.Function):
         # may have been given to other adapters or been put back.
         if ctx.layer.live_adapters != ctx.adapters:
             ctx.layer.make_live(ctx.adapters)
-        # Nodes of `out`, `x` and the deltas; None where no gradient is needed.
-        nodes = [node for node, _ in ctx.next_functions[2:]]
+        # The nodes of `x` and of the deltas; None where no gradient is needed.
+        source, *nodes = [node for node, _ in ctx.next_functions[1:]]
+        are_wanted = [node is not None and _will_run(node) for node in nodes]
+        if not any(are_wanted):
+            return grad_out, None, None, None, *(None for _ in nodes)
+        x = ctx.saved_tensors[0] if ctx.is_kept else recompute.remade(source)
         gradients = [
-            ctx.layer.delta_gradient(adapter, *ctx.saved_tensors, grad_out)
-            if node is not None and _will_run(node)
-            else None
-            for adapter, node in zip(ctx.adapters, nodes, strict=True)
+            ctx.layer.delta_gradient(adapter, x, grad_out) if is_wanted else None
+            for adapter, is_wanted in zip(ctx.adapters, are_wanted, strict=True)
         ]
         return grad_out, None, None, None, *gradients
 
@@ -79,12 +82,18 @@ _backward_pass = -1
 
 
 def _forget_at_the_end() -> None:
-    """Has the ops let go of what they keep for the next layer, once for each backward pass."""
+    """Has `forget` called once for each backward pass."""
     global _backward_pass
     under_way = torch._C._current_graph_task_id()
     if under_way != _backward_pass:
         _backward_pass = under_way
-        torch.autograd.Variable._execution_engine.queue_callback(ops.forget)
+        torch.autograd.Variable._execution_engine.queue_callback(forget)
+
+
+def forget() -> None:
+    """Lets go of what is kept from one layer's backward for the next one's."""
+    ops.forget()
+    recompute.forget()
 
 
 def is_wanted(parameter: torch.Tensor) -> bool:

@@ -24,30 +24,32 @@ class LastTransposed:
     """
 
     def __init__(self) -> None:
-        self._operand: torch.Tensor | None = None
-        self._copy: torch.Tensor | None = None
-        self._made: tuple[int, torch.dtype, Transpose] | None = None
+        #: The operand, its copy, and how that was made. One object, so that threads (a backward
+        #: pass has one for each GPU) never see half a change.
+        self._kept: tuple[torch.Tensor, torch.Tensor, tuple[int, torch.dtype, Transpose]] | None
+        self._kept = None
 
     def __call__(
         self, operand_TN: torch.Tensor, dtype: torch.dtype, transpose: Transpose = transposed
     ) -> torch.Tensor:
         """What `transpose` gives, now or when it was last asked for the same."""
         made = (operand_TN._version, dtype, transpose)
-        if self._copy is None or self._made != made or not _is_same(self._operand, operand_TN):
-            self.forget()  # before the next copy is made, not beside it
-            self._copy = transpose(operand_TN, dtype)
-            self._operand, self._made = operand_TN, made
-        return self._copy
+        kept = self._kept
+        if kept is not None and kept[2] == made and _is_same(kept[0], operand_TN):
+            return kept[1]
+        kept = self._kept = None  # before the next copy is made, not beside it
+        copy = transpose(operand_TN, dtype)
+        self._kept = operand_TN, copy, made
+        return copy
 
     def forget(self) -> None:
-        self._operand = self._copy = self._made = None
+        self._kept = None
 
 
-def _is_same(one: torch.Tensor | None, other: torch.Tensor) -> bool:
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors, both alive, are the same view of the same memory."""
     return (
-        one is not None
-        and one.data_ptr() == other.data_ptr()
+        one.data_ptr() == other.data_ptr()
         and one.shape == other.shape
         and one.stride() == other.stride()
         and one.dtype == other.dtype

@@ -293,8 +293,8 @@ def test_operands_are_let_go_at_the_end_of_backward(adapt):
     kept = []
     deltas = spiel_layers(model)[1]["0"].spiel_deltas["default"]
     with ops.use_backend("sampled"):
-        deltas.register_hook(lambda gradient: kept.append(transposed.last_left._copy is not None))
+        deltas.register_hook(lambda gradient: kept.append(transposed.last_left._kept is not None))
         model(torch.randn(8, 256)).sum().backward()
     assert kept == [True]
-    assert transposed.last_left._copy is None
-    assert transposed.last_right._copy is None
+    assert transposed.last_left._kept is None
+    assert transposed.last_right._kept is None
