@@ -4,6 +4,7 @@ All of them stand in one process and take steps in turn, so that what slows the 
 alike, and ratios mean something where seconds do not.
 """
 
+import ctypes
 import os
 import statistics
 import time
@@ -86,10 +87,21 @@ class Runner:
             self.reselector.step()
 
 
+def keep_freed_memory():
+    """Has glibc keep for the next one what is freed. Else memory goes back to the system now and
+    then, and whose step pays for getting it again, up to a tenth of its time, is luck.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        assert mallopt(trim_threshold, 2**30) and mallopt(mmap_threshold, 2**25)
+
+
 class Race:
     """Contestants taking steps in turn; `seconds[name]` has one entry for each timed round."""
 
     def __init__(self, names, setting=Setting()):
+        keep_freed_memory()
         torch.set_num_threads(len(os.sched_getaffinity(0)))  # the other tests have one
         self.runners = {name: Runner(name, setting) for name in names}
         self.seconds = {name: [] for name in names}
