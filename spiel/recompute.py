@@ -16,7 +16,6 @@ import torch.nn.functional as F
 #: A node of autograd's graph: the operation that made a tensor. None for a tensor without one.
 Node = Any
 
-
 #: Products, copies in another dtype or on another device, and GELU: what nodes `_remake` knows.
 PRODUCT, COPY, GELU = "MulBackward0", "ToCopyBackward0", "GeluBackward0"
 

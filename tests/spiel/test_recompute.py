@@ -99,9 +99,12 @@ class Watched:
         self.model, self.monkeypatch = model, monkeypatch
         self.nodes = []
         remade = recompute.remade
-        monkeypatch.setattr(
-            recompute, "remade", lambda node: self.nodes.append(node) or remade(node)
-        )
+
+        def watched(node):
+            self.nodes.append(node)
+            return remade(node)
+
+        monkeypatch.setattr(recompute, "remade", watched)
 
     def gradients(self, backward, is_kept=False):
         self.model.zero_grad()
@@ -192,7 +195,7 @@ def test_nothing_is_kept_beside_what_the_frozen_model_keeps(llama, adapt, monkey
     assert kept == 2 * 4 * IDS.numel() * (16 + 16 + 24)
 
 
-def test_a_failed_backward_pass_leaves_nothing_behind(llama, adapt):
+def test_the_next_forward_pass_lets_go_of_what_a_failed_backward_pass_kept(llama, adapt):
     model = adapt(llama(), task_type="CAUSAL_LM")
 
     def fail(*_):
