@@ -19,7 +19,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -27,11 +27,15 @@ from numba.extending import intrinsic
 from spiel.ops import blocked
 from spiel.ops.threads import set_threads
 
-#: Tokens of a slab: so few that it stays near, so many that a dot product pays for its last sum.
+#: Tokens of a slab: so few that it stays near, so many that a dot product pays for its last sum; a
+#: multiple of LANES.
 SLAB = 48
 
 #: Rows and columns of a tile: fp32 values in a 256-bit register.
 TILE = 8
+
+#: fp32 values in the widest registers, in which products are summed.
+LANES = 2 * TILE if binding.get_host_cpu_features().get("avx512f") else TILE
 
 #: fp32 values in a line of the cache.
 _LINE = 16
@@ -53,11 +57,13 @@ def _vector(size: int) -> Any:
     return ir.VectorType(ir.FloatType(), size)
 
 
-def _row(context: Any, builder: Any, kind: Any, array: Any, row: Any, column: Any) -> Any:
+def _row(
+    context: Any, builder: Any, kind: Any, array: Any, row: Any, column: Any, size: int = TILE
+) -> Any:
     """Pointer to where `column` of a row begins in a C-contiguous fp32 array, as to a vector."""
     view = context.make_array(kind)(context, builder, array)
     pointer = cgutils.get_item_pointer(context, builder, kind, view, [row, column])
-    return builder.bitcast(pointer, _vector(TILE).as_pointer())
+    return builder.bitcast(pointer, _vector(size).as_pointer())
 
 
 @intrinsic
@@ -108,8 +114,10 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
 
 
 def _summed(builder: Any, vectors: list[Any]) -> Any:
-    """One vector with the sum of each; there are 1, 2, 4 or TILE of them."""
+    """One vector with the sum of each, of LANES; there are 1, 2, 4 or TILE of them."""
     size, num = 1, len(vectors)
+    if LANES > TILE:
+        vectors = [_halves_added(builder, vector, TILE) for vector in vectors]
     while len(vectors) > 1:
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
         vectors = [
@@ -119,9 +127,13 @@ def _summed(builder: Any, vectors: list[Any]) -> Any:
     (sums,), width = vectors, TILE
     while width > num:  # each is still in several parts
         width //= 2
-        halves = (list(range(width)), list(range(width, 2 * width)))
-        sums = builder.fadd(*(_shuffled(builder, sums, sums, m) for m in halves))
+        sums = _halves_added(builder, sums, width)
     return sums
+
+
+def _halves_added(builder: Any, vector: Any, width: int) -> Any:
+    halves = list(range(width)), list(range(width, 2 * width))
+    return builder.fadd(*(_shuffled(builder, vector, vector, lanes) for lanes in halves))
 
 
 def _shuffled(builder: Any, one: Any, other: Any, lanes: list[int]) -> Any:
@@ -150,12 +162,13 @@ def _add_dots(num: int) -> Any:
 
             at = [builder.load(item(columns, column_array, i)) for i in range(num)]
             at = [builder.sext(column, e.type) for column in at]
-            totals = [ir.Constant(_vector(TILE), [0.0] * TILE)] * num
-            for s in range(0, SLAB, TILE):
+            totals = [ir.Constant(_vector(LANES), [0.0] * LANES)] * num
+            for s in range(0, SLAB, LANES):
                 start = ir.Constant(e.type, s)
-                a = builder.load(_row(context, builder, left, left_RS, row, start), align=4)
+                pointer = _row(context, builder, left, left_RS, row, start, LANES)
+                a = builder.load(pointer, align=4)
                 for i, column in enumerate(at):
-                    pointer = _row(context, builder, right, right_CS, column, start)
+                    pointer = _row(context, builder, right, right_CS, column, start, LANES)
                     product = builder.fmul(a, builder.load(pointer, align=4), flags=["contract"])
                     totals[i] = builder.fadd(totals[i], product, flags=["contract"])
             place = builder.bitcast(item(sums, sum_array, 0), _vector(num).as_pointer())
