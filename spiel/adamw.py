@@ -40,9 +40,9 @@ def advance(
     """
     (beta1, beta2), eps, lr = group["betas"], group["eps"], group["lr"]
     if is_for_one_pass(parameters[0]):
-        adamw, table = optional.module("scans").adamw, _table(beta1, beta2, torch.device("cpu"))
-        for own in zip(parameters, gradients, m, v, ages, strict=True):
-            adamw(*own, table, (beta1, beta2), eps, lr, group["weight_decay"])
+        table, decay = _table(beta1, beta2, torch.device("cpu")), group["weight_decay"]
+        by_numba = optional.module("scans").adamw
+        by_numba(parameters, gradients, m, v, ages, table, (beta1, beta2), eps, lr, decay)
         return
     # Each line is one call for all of them.
     torch._foreach_lerp_(m, gradients, 1 - beta1)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numba
 import numpy as np
 import torch
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from spiel.ops.threads import set_threads
 
@@ -34,10 +40,29 @@ def write_entries(
     _write_sums(*(tensor.detach().numpy() for tensor in tensors))
 
 
-@numba.njit(nogil=True, cache=True, parallel=True, error_model="numpy")
-def _adamw(values, gradient, m, v, ages, table, part1, beta2, part2, eps, lr, kept):  # type: ignore[no-untyped-def]
-    stride = 1 if len(ages) > 1 else 0
-    for e in numba.prange(len(values)):
+@intrinsic
+def _pointer(typing_context, address):  # type: ignore[no-untyped-def]
+    """An address as what `numba.carray` makes an array of."""
+
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@numba.njit(nogil=True, cache=True)
+def _fp32(address, size):  # type: ignore[no-untyped-def]
+    return numba.carray(_pointer(address), (size,), np.float32)  # type: ignore[call-arg]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _adamw_part(own, first, last, num_ages, table, part1, beta2, part2, eps, lr, kept):  # type: ignore[no-untyped-def]
+    """The entries from first to last of one parameter: see `_adamw`."""
+    values, gradient = _fp32(own[0], last), _fp32(own[1], last)
+    m, v = _fp32(own[2], last), _fp32(own[3], last)
+    ages = numba.carray(_pointer(own[4]), (num_ages,), np.int16)  # type: ignore[call-arg]
+    stride = 1 if num_ages > 1 else 0
+    for e in range(first, last):
         g = gradient[e]
         m[e] += part1 * (g - m[e])
         v[e] = beta2 * v[e] + part2 * g * g
@@ -45,31 +70,52 @@ def _adamw(values, gradient, m, v, ages, table, part1, beta2, part2, eps, lr, ke
         values[e] = (values[e] - lr * step) * kept
 
 
+@numba.njit(nogil=True, cache=True, parallel=True)
+def _adamw(addresses, sizes, num_threads, table, part1, beta2, part2, eps, lr, kept):  # type: ignore[no-untyped-def]
+    """`addresses` [n, 5] are those of values, gradient, m, v and ages; `sizes` [n, 2] how many
+    entries and ages there are. Each thread takes as many entries, one after the other.
+    """
+    total = sizes[:, 0].sum()
+    for thread in numba.prange(num_threads):
+        first, last = total * thread // num_threads, total * (thread + 1) // num_threads
+        for i in range(len(sizes)):
+            size, num_ages = sizes[i]
+            if first < size and last > 0:
+                own = max(first, 0), min(last, size), num_ages
+                _adamw_part(addresses[i], *own, table, part1, beta2, part2, eps, lr, kept)
+            first, last = first - size, last - size
+
+
 def adamw(
-    values: torch.Tensor,
-    gradient: torch.Tensor,
-    m: torch.Tensor,
-    v: torch.Tensor,
-    ages: torch.Tensor,
+    values: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    m: Sequence[torch.Tensor],
+    v: Sequence[torch.Tensor],
+    ages: Sequence[torch.Tensor],
     table: torch.Tensor,
     betas: tuple[float, float],
     eps: float,
     lr: float,
     weight_decay: float,
 ) -> None:
-    """A step of `spiel.SpielAdamW`, which changes `values`, `m` and `v`, in one pass.
+    """A step of `spiel.SpielAdamW` for all parameters, which changes `values`, `m` and `v`, in one
+    pass and one call: of many small ones each would cost more than its entries do.
 
     Args:
-        values: fp32 and contiguous, as are `gradient`, `m` and `v` of as many entries.
-        ages: int16, one for each entry or for all.
+        values: fp32 and contiguous, as are `m` and `v` of as many entries.
+        gradients: fp32, of as many entries.
+        ages: int16, for each parameter one for each entry or for all.
         table: fp32; what each age multiplies its step by.
     """
-    set_threads()
-    changed = [each.detach().view(-1).numpy() for each in (values, m, v)]  # views, never copies
-    read = [each.detach().reshape(-1).numpy() for each in (gradient, ages, table)]
+    num_threads = set_threads()
+    gradients = [gradient.contiguous() for gradient in gradients]
+    ages = [age.contiguous() for age in ages]
+    tensors = zip(values, gradients, m, v, ages, strict=True)
+    addresses = np.array([[tensor.data_ptr() for tensor in own] for own in tensors])
+    sizes = np.array([(own.numel(), age.numel()) for own, age in zip(values, ages, strict=True)])
     beta1, beta2 = betas
     numbers = 1 - beta1, beta2, 1 - beta2, eps, lr, 1 - lr * weight_decay
-    _adamw(changed[0], read[0], *changed[1:], *read[1:], *map(np.float32, numbers))
+    _adamw(addresses, sizes, num_threads, table.numpy(), *map(np.float32, numbers))
 
 
 @numba.njit(nogil=True, cache=True)
@@ -176,7 +222,8 @@ def settle() -> None:
     """Has all that steps and reselections use compiled now, for int32 supports."""
     some, all_of_it = torch.arange(2, dtype=torch.int32), torch.arange(2)
     values = torch.ones(2)
-    adamw(values, values, values, values, some.short(), values, (0.9, 0.99), 1e-8, 1e-3, 0.0)
+    one, ages = [values], [some.short()]
+    adamw(one, one, one, one, ages, values, (0.9, 0.99), 1e-8, 1e-3, 0.0)
     above(values, 1.0)
     find(some, some)
     exchange(some, all_of_it, some)

@@ -113,11 +113,29 @@ def test_a_step_of_many_entries_is_one_pass_and_the_same_as_without(state_dtype,
                 optimizer.state[parameters[0]]["age"] = ages
             optimizer.step()
         found[has_numba] = parameters, optimizer.state_dict()["state"]
-    assert by_numba.call_count == 2 * 4
+    assert by_numba.call_count == 4
     tolerance = (
         {"rtol": 1e-5, "atol": 1e-6} if state_dtype == "float32" else {"rtol": 1e-2, "atol": 1e-3}
     )
     torch.testing.assert_close(*found.values(), **tolerance)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
+def test_threads_share_the_entries_of_a_step_among_them(num_threads):
+    """Whatever the sizes, so that a thread's part may begin and end within a parameter."""
+    torch.manual_seed(0)
+    sizes = (1, 40, 3, 1, 5)
+    values, gradients, m, v = ([torch.rand(size) for size in sizes] for _ in range(4))
+    ages = [torch.ones(()).short(), *(torch.arange(size).short() for size in sizes[1:])]
+    numbers = torch.rand(50), (0.9, 0.99), 1e-6, 0.1, 0.01
+    found = []
+    for num in (1, num_threads):
+        changed = [[each.clone() for each in own] for own in (values, m, v)]
+        with patch.object(scans, "set_threads", lambda num=num: num):
+            scans.adamw(changed[0], gradients, *changed[1:], ages, *numbers)
+        found.append(changed)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+    assert not any(torch.equal(*each) for each in zip(found[0][0], values, strict=True))
 
 
 def test_parameters_of_other_dtypes_or_layouts_take_steps_too():
