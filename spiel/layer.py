@@ -8,7 +8,6 @@ it again: see `spiel.recompute`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -125,10 +124,9 @@ class SpielLinear(DeltaLayer):
         if self.inputs_are_rows:
             left, right = right, left
         indices, observer = self.spiel_indices[adapter], self.observers.get(adapter)
-        with _without_autocast(x.device.type):
-            if observer is not None:
-                return observer.observe(left, right, indices)
-            return ops.sampled_gradient(left, right, indices)
+        if observer is not None:
+            return observer.observe(left, right, indices)
+        return ops.sampled_gradient(left, right, indices)
 
     # -- moving, copying, saving ------------------------------------------------------------
 
@@ -168,13 +166,6 @@ class SpielLinear(DeltaLayer):
 
     def __repr__(self) -> str:
         return "spiel." + super().__repr__()
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[None]:
-    """An autocast around the caller's backward would turn fp32 sums into bf16 ones."""
-    if torch.is_autocast_enabled(device_type):  # making another takes longer than asking
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _put_back_before_saving(layer: SpielLinear, *_: Any) -> None:

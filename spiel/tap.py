@@ -58,24 +58,33 @@ class Tap(torch.autograd.Function):
         return out.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        _forget_at_the_end()
-        # The base layer's backward comes next and reads the weight, which since the forward pass
-        # may have been given to other adapters or been put back.
-        if ctx.layer.live_adapters != ctx.adapters:
-            ctx.layer.make_live(ctx.adapters)
-        # The nodes of `x` and of the deltas; None where no gradient is needed.
-        source, *nodes = [node for node, _ in ctx.next_functions[1:]]
-        are_wanted = [node is not None and _will_run(node) for node in nodes]
-        if not any(are_wanted):
-            return grad_out, None, None, None, *(None for _ in nodes)
-        x = ctx.saved_tensors[0] if ctx.is_kept else recompute.remade(source)
-        gradients = [
-            ctx.layer.delta_gradient(adapter, x, grad_out) if is_wanted else None
-            for adapter, is_wanted in zip(ctx.adapters, are_wanted, strict=True)
-        ]
-        return grad_out, None, None, None, *gradients
+        if torch.is_grad_enabled():  # create_graph=True
+            return _backward_once(ctx, grad_out)
+        return _backward(ctx, grad_out)
+
+
+def _backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """`Tap.backward`, under no_grad."""
+    _forget_at_the_end()
+    # The base layer's backward comes next and reads the weight, which since the forward pass
+    # may have been given to other adapters or been put back.
+    if ctx.layer.live_adapters != ctx.adapters:
+        ctx.layer.make_live(ctx.adapters)
+    # The nodes of `x` and of the deltas; None where no gradient is needed.
+    source, *nodes = [node for node, _ in ctx.next_functions[1:]]
+    are_wanted = [node is not None and _will_run(node) for node in nodes]
+    if not any(are_wanted):
+        return grad_out, None, None, None, *(None for _ in nodes)
+    x = ctx.saved_tensors[0] if ctx.is_kept else recompute.remade(source)
+    gradients = [
+        ctx.layer.delta_gradient(adapter, x, grad_out) if is_wanted else None
+        for adapter, is_wanted in zip(ctx.adapters, are_wanted, strict=True)
+    ]
+    return grad_out, None, None, None, *gradients
+
+
+_backward_once = once_differentiable(_backward)
 
 
 _backward_pass = -1

@@ -12,6 +12,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from spiel.ops import optional
+from spiel.ops.autocast import without_autocast
 from spiel.ranking import kth_largest, largest, places
 from spiel.support import index_dtype, version_of
 
@@ -114,6 +115,7 @@ class BlockEntries:
             torch.index_select(block.reshape(-1), 0, in_block, out=own[here])
 
 
+@without_autocast
 def sampled_gradients(
     left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
@@ -126,6 +128,7 @@ def sampled_gradients(
     return entries.values
 
 
+@without_autocast
 def largest_gradients(
     left_TR: torch.Tensor,
     right_TC: torch.Tensor,

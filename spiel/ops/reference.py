@@ -10,12 +10,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from spiel.ops.autocast import without_autocast
+
 #: Of left [tokens, rows], right [tokens, cols] and supports, each [k]: for each support [k] values.
 SampledGradients = Callable[
     [torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], list[torch.Tensor]
 ]
 
 
+@without_autocast
 def sampled_gradients(
     left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
@@ -24,6 +27,7 @@ def sampled_gradients(
     return [dense_RC.reshape(-1)[indices.long()] for indices in supports]
 
 
+@without_autocast
 def largest_gradients(
     left_TR: torch.Tensor, right_TC: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from spiel.ops.autocast import without_autocast
 from spiel.ops.transposed import last_left, last_right
 from spiel.support import row_pointers, split_index
 
@@ -19,6 +20,7 @@ with warnings.catch_warnings():
     torch.eye(1).to_sparse_csr()
 
 
+@without_autocast
 def sampled_gradients(
     left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:

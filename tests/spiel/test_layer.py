@@ -165,6 +165,17 @@ def test_autocast_follows_the_deltas_and_sums_in_fp32(two_layers, adapt):
         assert not torch.equal(model(x), before)
 
 
+def test_gradients_can_be_asked_for_with_a_graph_but_have_none(two_layers, adapt):
+    model = adapt(two_layers())
+    x = torch.randn(4, 12, requires_grad=True)
+    deltas = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(model(x).square().sum(), deltas)
+    found = torch.autograd.grad(model(x).square().sum(), deltas, create_graph=True)
+    assert all(torch.equal(*each) for each in zip(found, expected, strict=True))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        found[0].sum().backward()
+
+
 def test_compiled_training_goes_as_it_does_without(two_layers, adapt):
     """Through a reselection, which replaces supports and lets observers come and go."""
     runs = []

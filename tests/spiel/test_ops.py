@@ -64,6 +64,23 @@ def test_non_contiguous_operands_and_crowded_or_empty_rows(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_an_autocast_around_it_changes_nothing(backend):
+    left, right = operands(50, 12, 20)
+    indices = random_support(100, 240)
+
+    def found():
+        largest = getattr(sys.modules[f"spiel.ops.{backend}"], "largest_gradients", None)
+        values = ops.sampled_gradient(left, right, indices)
+        return [values] if largest is None else [values, *largest(left, right, 30)]
+
+    with ops.use_backend(backend):
+        expected = found()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = found()
+    assert all(torch.equal(*each) for each in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_operands_are_accumulated_in_fp32(backend, dtype):
     left, right = operands(777, 30, 40, dtype)
