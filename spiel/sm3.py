@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from spiel.delta_layer import DeltaLayer, layer_of
+from spiel.ops import optional
 from spiel.optimizer import SpielOptimizer
 from spiel.reselection import Exchange
 from spiel.support import split_index
@@ -75,7 +76,11 @@ class SpielSM3(SpielOptimizer):
     ) -> torch.Tensor:
         """u [k] of the active weights; raises the accumulators of their rows and columns."""
         row, col = self._accumulators(state, layer.shape, gradient.device)
-        rows, cols = split_index(layer.spiel_indices[adapter].long(), layer.shape[1])
+        indices = layer.spiel_indices[adapter]
+        if optional.are_for_numba(gradient.device, len(gradient)):
+            u: torch.Tensor = optional.module("scans").raise_sm3(indices, gradient, row, col)
+            return u
+        rows, cols = split_index(indices.long(), layer.shape[1])
         u = torch.minimum(row[rows], col[cols]).addcmul_(gradient, gradient)
         row.scatter_reduce_(0, rows, u, "amax")
         col.scatter_reduce_(0, cols, u, "amax")

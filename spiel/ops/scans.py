@@ -119,6 +119,32 @@ def adamw(
 
 
 @numba.njit(nogil=True, cache=True)
+def _raise_sm3(indices, gradient, row, col, u):  # type: ignore[no-untyped-def]
+    """Fills `u` by the accumulators as they were, and raises them to it."""
+    before_row, before_col = row.copy(), col.copy()
+    cols = len(col)
+    i = 0
+    for e in range(len(indices)):
+        while indices[e] >= (i + 1) * cols:
+            i += 1
+        j = indices[e] - i * cols
+        u[e] = np.minimum(before_row[i], before_col[j]) + gradient[e] * gradient[e]
+        row[i], col[j] = np.maximum(row[i], u[e]), np.maximum(col[j], u[e])  # NaN goes on
+
+
+def raise_sm3(
+    indices: torch.Tensor, gradient: torch.Tensor, row: torch.Tensor, col: torch.Tensor
+) -> torch.Tensor:
+    """u [k] of `spiel.SpielSM3` for entries at the support `indices` [k] of a weight with the
+    accumulators `row` [rows] and `col` [cols], which it raises; all but the support in fp32.
+    """
+    u = torch.empty_like(gradient)
+    tensors = (indices, gradient.contiguous(), row, col, u)
+    _raise_sm3(*(tensor.numpy() for tensor in tensors))
+    return u
+
+
+@numba.njit(nogil=True, cache=True)
 def _collect(values, bits, bound, offset, places, found):  # type: ignore[no-untyped-def]
     """Writes down what is above the bound, with `offset` added to its place; returns how many."""
     # Unsigned numbers as indices: numba would look whether others are negative, at each access.
@@ -224,6 +250,7 @@ def settle() -> None:
     values = torch.ones(2)
     one, ages = [values], [some.short()]
     adamw(one, one, one, one, ages, values, (0.9, 0.99), 1e-8, 1e-3, 0.0)
+    raise_sm3(some, *[values] * 3)
     above(values, 1.0)
     find(some, some)
     exchange(some, all_of_it, some)

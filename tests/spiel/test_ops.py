@@ -303,7 +303,7 @@ def test_settling_leaves_nothing_to_be_compiled_for_the_first_steps():
         ops.settle(torch.device("cpu"), torch.float32, [(k, numel), (10, 100)])
         from spiel.ops import blocked, compiled, scans
         kernels = [compiled._products, scans._write_sums, scans._adamw, scans._above]
-        kernels += [scans._find, scans._exchange]
+        kernels += [scans._find, scans._exchange, scans._raise_sm3]
         before = [len(kernel.signatures) for kernel in kernels]
         indices, values = random_support(k, numel), torch.rand(k)
         assert ops.write_entries(torch.zeros(512, 512), indices, values, values)
@@ -311,13 +311,14 @@ def test_settling_leaves_nothing_to_be_compiled_for_the_first_steps():
         deltas = torch.nn.Parameter(values.clone())
         deltas.grad = ops.sampled_gradient(left, right, indices)
         spiel.SpielAdamW([deltas]).step()
+        scans.raise_sm3(indices, values, torch.zeros(512), torch.zeros(512))
         candidates, sums = blocked.largest_gradients(left, right, k)
         slots, entering = grow_by_gradients(candidates, sums, indices, values, k // 2)
         exchange(indices, slots, candidates[entering])
         print(before, [len(kernel.signatures) for kernel in kernels], dict(ops.backend_calls))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == f"{[1] * 6} {[1] * 6} {{'compiled': 1}}"
+    assert done.stdout.strip() == f"{[1] * 7} {[1] * 7} {{'compiled': 1}}"
 
 
 @pytest.mark.parametrize("already", ["", "import spiel.ops.compiled"])

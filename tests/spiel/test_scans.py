@@ -138,6 +138,30 @@ def test_threads_share_the_entries_of_a_step_among_them(num_threads):
     assert not any(torch.equal(*each) for each in zip(found[0][0], values, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_sm3_raises_its_accumulators_by_numba_and_as_without(dtype, monkeypatch):
+    rows, cols, k = 70, 90, 2 * optional.CPU_MIN_ENTRIES
+    layer = Mock(shape=(rows, cols))
+    optimizer = spiel.SpielSM3([torch.nn.Parameter(torch.zeros(k))])
+    by_numba = Mock(wraps=scans.raise_sm3)
+    monkeypatch.setattr(scans, "raise_sm3", by_numba)
+    found = {}
+    for has_numba in (True, False):
+        monkeypatch.setattr(optional, "has_numba", lambda has_numba=has_numba: has_numba)
+        torch.manual_seed(0)
+        # Rows without an entry in front, and at the end.
+        layer.spiel_indices = {"default": random_support(k, 60 * cols).to(dtype) + 5 * cols}
+        state = {}
+        gradients = list(torch.randn(3, k))
+        gradients[-1][0] = torch.nan
+        us = [optimizer._raise_sparse(state, each, layer, "default") for each in gradients]
+        found[has_numba] = us, state
+    assert by_numba.call_count == 3
+    torch.testing.assert_close(*found.values(), rtol=1e-6, atol=0, equal_nan=True)
+    assert found[True][1]["row"].isnan().sum() == 1
+    assert found[True][1]["row"][:5].tolist() == [0.0] * 5
+
+
 def test_parameters_of_other_dtypes_or_layouts_take_steps_too():
     parameters = [
         torch.nn.Parameter(torch.ones(2, optional.CPU_MIN_ENTRIES).t()),
