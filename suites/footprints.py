@@ -117,7 +117,11 @@ def present(suite: Suite, methods: Sequence[str], names: Sequence[str], out: Pat
     console.print(drawn(title, frame))
     for note in notes:
         say(console, note)
-    markdown, csv = write(suite, title, frame, notes + problems, out)
+    try:
+        markdown, csv = write(suite, title, frame, notes + problems, out)
+    except OSError as error:
+        say(console, f"the table cannot be written: {error}")
+        return FAILED
     say(console, f"tables:  {markdown}, {csv}")
     return FAILED if problems or any(each.status != "ok" for each in records) else 0
 

@@ -48,7 +48,11 @@ def present(cells: Sequence[Cell], out: Path) -> int:
         why = "trials are not done" if left else "all trials failed"
         say(console, f"grids:   not written, as {why}")
         return 1
-    paths = write(found, suite, out)
+    try:
+        paths = write(found, suite, out)
+    except OSError as error:
+        say(console, f"the grids cannot be written: {error}")
+        return 1
     say(console, f"grids:   {', '.join(str(path) for path in paths)}")
     return 1 if failed else 0
 

@@ -142,6 +142,14 @@ def test_a_grid_without_records_has_no_table(tmp_path, capsys):
     assert (status, rows, printed.count("not counted: ")) == (1, None, 9)
 
 
+def test_a_table_that_cannot_be_written_is_said(tmp_path, capsys):
+    fill(tmp_path)
+    (tmp_path / "tables").write_text("a file in the way")
+    status, printed, _ = present(tmp_path, capsys)
+    assert status == 1
+    assert "the table cannot be written" in printed
+
+
 def test_every_flag_left_out_or_given_is_what_anybody_could_type():
     suite = SUITES["footprint"]
     found = [

@@ -268,6 +268,13 @@ def test_search_writes_its_curves(tmp_path, capsys):
     assert search.picks([of for of, _ in trials], tmp_path) == {"lora": Tuning(1e-4)}
 
 
+def test_grids_that_cannot_be_written_are_said(tmp_path, capsys):
+    cells = grid(tmp_path, trial(1e-4, 0, 0.5))
+    (tmp_path / "grids").write_text("a file in the way")
+    assert search.present(cells, tmp_path) == 1
+    assert "the grids cannot be written" in capsys.readouterr().out
+
+
 def diverged(lr, seed):
     of, _ = trial(lr, seed, 0.0)
     return of, Record.of(of, "diverged", "the loss is nan at step 3", record.now())
