@@ -115,7 +115,7 @@ class Race:
             if timed:
                 self.seconds[name].append(time.perf_counter() - start)
 
-    def ratio(self, name, base, places=range(PERIOD)):
+    def ratio(self, name, base, places):
         """Median ratio to `base` in the same round, at the steps t with t % PERIOD in `places`."""
         rounds = enumerate(
             zip(self.seconds[name], self.seconds[base], strict=True), start=WARM_UP + 1
