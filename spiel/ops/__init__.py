@@ -98,7 +98,7 @@ def sampled_gradients(
 
     `left_TR` [tokens, rows] and `right_TC` [tokens, cols] may be of any float dtype and layout.
     """
-    k = len(supports[0]) if len(supports) == 1 else sum(map(len, supports))
+    k = sum(map(len, supports))
     if k == 0:
         return [torch.zeros(0, dtype=torch.float32, device=left_TR.device) for _ in supports]
     numel = left_TR.shape[1] * right_TC.shape[1]
