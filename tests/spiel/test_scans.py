@@ -18,6 +18,30 @@ scans = pytest.importorskip("spiel.ops.scans")
 VALUES = [0.0, -0.0, 1.0, -1.0, 2.5, 1e-42, float("inf"), -float("inf"), float("nan")]
 
 
+@pytest.fixture
+def with_and_without(monkeypatch):
+    """Goes through a loop twice: with numba, and as if there were none."""
+
+    def turns():
+        for has_numba in (True, False):
+            monkeypatch.setattr(optional, "has_numba", lambda has_numba=has_numba: has_numba)
+            yield has_numba
+
+    return turns
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Has calls of one of numba's walks, named, counted by the Mock that it gives."""
+
+    def wrapped(name):
+        walk = Mock(wraps=getattr(scans, name))
+        monkeypatch.setattr(scans, name, walk)
+        return walk
+
+    return wrapped
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.sampled_from(VALUES), min_size=1, max_size=100),
@@ -35,15 +59,16 @@ def test_above_takes_what_is_larger_in_magnitude_or_no_number(values, bound, num
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("height", [1, 3, 100])
-def test_the_largest_gradients_are_the_same_with_and_without(dtype, height, monkeypatch):
+def test_the_largest_gradients_are_the_same_with_and_without(
+    dtype, height, with_and_without, monkeypatch
+):
     torch.manual_seed(0)
     left, right = torch.randn(40, 300, dtype=dtype), torch.randn(40, 256, dtype=dtype)
     left[:, 7] = 0  # equals
     monkeypatch.setattr(blocked, "WORKSPACE_BYTES", height * 256 * 17)
     monkeypatch.setattr(optional, "CPU_MIN_NUMEL", 2)
     found = {}
-    for has_numba in (True, False):
-        monkeypatch.setattr(optional, "has_numba", lambda has_numba=has_numba: has_numba)
+    for has_numba in with_and_without():
         found[has_numba] = blocked.largest_gradients(left, right, 900)
     for by_numba, by_torch in zip(*found.values(), strict=True):
         assert by_numba.dtype == by_torch.dtype
@@ -74,16 +99,14 @@ def test_find_and_exchange_are_the_same_with_and_without(dtype, data):
         assert torch.equal(own, expected), name
 
 
-def test_a_large_support_is_exchanged_by_numba_and_as_without(monkeypatch):
+def test_a_large_support_is_exchanged_by_numba_and_as_without(with_and_without, counted):
     torch.manual_seed(0)
     numel, k = 2**18, 2 * optional.CPU_MIN_ENTRIES
     indices, candidates = random_support(k, numel), random_support(k, numel)
     deltas, sums = torch.randn(k), torch.randn(k)
     changes = []
-    by_numba = Mock(wraps=scans.exchange)
-    monkeypatch.setattr(scans, "exchange", by_numba)
-    for has_numba in (True, False):
-        monkeypatch.setattr(optional, "has_numba", lambda has_numba=has_numba: has_numba)
+    by_numba = counted("exchange")
+    for _ in with_and_without():
         slots, entering = reselection.grow_by_gradients(candidates, sums, indices, deltas, k // 3)
         changes.append(reselection.exchange(indices, slots, candidates[entering]))
     assert by_numba.call_count == 1
@@ -93,15 +116,15 @@ def test_a_large_support_is_exchanged_by_numba_and_as_without(monkeypatch):
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-def test_a_step_of_many_entries_is_one_pass_and_the_same_as_without(state_dtype, monkeypatch):
+def test_a_step_of_many_entries_is_one_pass_and_the_same_as_without(
+    state_dtype, with_and_without, counted
+):
     """To rounding: torch divides by multiplying with a reciprocal."""
     k = optional.CPU_MIN_ENTRIES
     shapes = [(k,), (2, k), (k - 1,)]  # the last is too small
-    by_numba = Mock(wraps=scans.adamw)
-    monkeypatch.setattr(scans, "adamw", by_numba)
+    by_numba = counted("adamw")
     found = {}
-    for has_numba in (True, False):
-        monkeypatch.setattr(optional, "has_numba", lambda has_numba=has_numba: has_numba)
+    for has_numba in with_and_without():
         torch.manual_seed(0)
         parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
         optimizer = spiel.SpielAdamW(parameters, lr=0.01, weight_decay=0.1, state_dtype=state_dtype)
@@ -139,15 +162,13 @@ def test_threads_share_the_entries_of_a_step_among_them(num_threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_sm3_raises_its_accumulators_by_numba_and_as_without(dtype, monkeypatch):
+def test_sm3_raises_its_accumulators_by_numba_and_as_without(dtype, with_and_without, counted):
     rows, cols, k = 70, 90, 2 * optional.CPU_MIN_ENTRIES
     layer = Mock(shape=(rows, cols))
     optimizer = spiel.SpielSM3([torch.nn.Parameter(torch.zeros(k))])
-    by_numba = Mock(wraps=scans.raise_sm3)
-    monkeypatch.setattr(scans, "raise_sm3", by_numba)
+    by_numba = counted("raise_sm3")
     found = {}
-    for has_numba in (True, False):
-        monkeypatch.setattr(optional, "has_numba", lambda has_numba=has_numba: has_numba)
+    for has_numba in with_and_without():
         torch.manual_seed(0)
         # Rows without an entry in front, and at the end.
         layer.spiel_indices = {"default": random_support(k, 60 * cols).to(dtype) + 5 * cols}
