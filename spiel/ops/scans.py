@@ -106,16 +106,37 @@ def adamw(
         gradients: fp32, of as many entries.
         ages: int16, for each parameter one for each entry or for all.
         table: fp32; what each age multiplies its step by.
+
+    Raises:
+        ValueError: a tensor is of another dtype, size or layout. Nothing was changed.
     """
     num_threads = set_threads()
     gradients = [gradient.contiguous() for gradient in gradients]
     ages = [age.contiguous() for age in ages]
-    tensors = zip(values, gradients, m, v, ages, strict=True)
+    tensors = list(zip(values, gradients, m, v, ages, strict=True))
+    for own in tensors:
+        _check_adamw(*own)
     addresses = np.array([[tensor.data_ptr() for tensor in own] for own in tensors])
-    sizes = np.array([(own.numel(), age.numel()) for own, age in zip(values, ages, strict=True)])
+    sizes = np.array([(own[0].numel(), own[-1].numel()) for own in tensors])
     beta1, beta2 = betas
     numbers = 1 - beta1, beta2, 1 - beta2, eps, lr, 1 - lr * weight_decay
     _adamw(addresses, sizes, num_threads, table.numpy(), *map(np.float32, numbers))
+
+
+def _check_adamw(values: torch.Tensor, *others: torch.Tensor) -> None:
+    """Raises ValueError unless these are what `adamw` may read and write by their addresses."""
+    *moments, ages = others
+    for each in (values, *moments):
+        is_alike = each.dtype == torch.float32 and each.numel() == values.numel()
+        if not (is_alike and each.is_contiguous()):
+            raise ValueError(
+                f"expected {values.numel()} contiguous entries in fp32, got {each.numel()} in "
+                f"{each.dtype} with strides {each.stride()}"
+            )
+    if ages.dtype != torch.int16 or ages.numel() not in (1, values.numel()):
+        raise ValueError(
+            f"expected 1 or {values.numel()} ages in int16, got {ages.numel()} in {ages.dtype}"
+        )
 
 
 @numba.njit(nogil=True, cache=True)

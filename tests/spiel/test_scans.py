@@ -183,6 +183,25 @@ def test_sm3_raises_its_accumulators_by_numba_and_as_without(dtype, with_and_wit
     assert found[True][1]["row"][:5].tolist() == [0.0] * 5
 
 
+@pytest.mark.parametrize(
+    ("place", "other", "said"),
+    [
+        (2, torch.ones(9, dtype=torch.float64), "expected 9 contiguous entries in fp32, got 9 in"),
+        (3, torch.ones(8), "expected 9 contiguous entries in fp32, got 8 in torch.float32"),
+        (2, torch.ones(18)[::2], r"with strides \(2,\)"),
+        (4, torch.ones(9, dtype=torch.int64), "1 or 9 ages in int16, got 9 in torch.int64"),
+        (4, torch.ones(2).short(), "1 or 9 ages in int16, got 2 in torch.int16"),
+    ],
+)
+def test_state_that_is_not_of_these_entries_is_refused(place, other, said):
+    """What lies behind an address nobody else would ask."""
+    tensors = [*torch.ones(4, 9), torch.ones(()).short()]
+    tensors[place] = other
+    with pytest.raises(ValueError, match=said):
+        scans.adamw(*([each] for each in tensors), torch.rand(50), (0.9, 0.99), 1e-6, 0.1, 0.0)
+    assert tensors[0].tolist() == [1.0] * 9
+
+
 def test_parameters_of_other_dtypes_or_layouts_take_steps_too():
     parameters = [
         torch.nn.Parameter(torch.ones(2, optional.CPU_MIN_ENTRIES).t()),
