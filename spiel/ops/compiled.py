@@ -31,11 +31,9 @@ from spiel.ops.threads import set_threads
 #: multiple of LANES.
 SLAB = 48
 
-#: Rows and columns of a tile: fp32 values in a 256-bit register.
-TILE = 8
-
-#: fp32 values in the widest registers, in which products are summed.
-LANES = 2 * TILE if binding.get_host_cpu_features().get("avx512f") else TILE
+#: fp32 values in the widest registers, in which products are summed; rows and columns of a tile
+#: that is transposed in them.
+LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 
 #: fp32 values in a line of the cache.
 _LINE = 16
@@ -57,18 +55,16 @@ def _vector(size: int) -> Any:
     return ir.VectorType(ir.FloatType(), size)
 
 
-def _row(
-    context: Any, builder: Any, kind: Any, array: Any, row: Any, column: Any, size: int = TILE
-) -> Any:
-    """Pointer to where `column` of a row begins in a C-contiguous fp32 array, as to a vector."""
+def _row(context: Any, builder: Any, kind: Any, array: Any, row: Any, column: Any) -> Any:
+    """Pointer to the LANES values from `column` on in a row of a C-contiguous fp32 array."""
     view = context.make_array(kind)(context, builder, array)
     pointer = cgutils.get_item_pointer(context, builder, kind, view, [row, column])
-    return builder.bitcast(pointer, _vector(size).as_pointer())
+    return builder.bitcast(pointer, _vector(LANES).as_pointer())
 
 
 @intrinsic
 def _transpose_tile(typing_context, source, t, n, target, m, s):  # type: ignore[no-untyped-def]
-    """target[m : m + TILE, s : s + TILE] = source[t : t + TILE, n : n + TILE].T
+    """target[m : m + LANES, s : s + LANES] = source[t : t + LANES, n : n + LANES].T
 
     Both are C-contiguous fp32 arrays with two dimensions; nothing checks the bounds. In a loop over
     scalars LLVM moves one value at a time, at a third of the speed.
@@ -81,7 +77,7 @@ def _transpose_tile(typing_context, source, t, n, target, m, s):  # type: ignore
             builder.load(
                 _row(context, builder, source, from_array, _plus(builder, t, i), n), align=4
             )
-            for i in range(TILE)
+            for i in range(LANES)
         ]
         for i, vector in enumerate(_transposed(builder, rows)):
             pointer = _row(context, builder, target, to_array, _plus(builder, m, i), s)
@@ -96,44 +92,40 @@ def _plus(builder: Any, number: Any, i: int) -> Any:
 
 
 def _lanes(size: int) -> tuple[list[int], list[int]]:
-    """Of a pair of vectors, those of the second counted on from TILE: the lanes that stand where
+    """Of a pair of vectors, those of the second counted on from LANES: the lanes that stand where
     `size` is not among the bits of their place, and those that stand `size` after them.
     """
-    upper = [i if not i & size else TILE + i - size for i in range(TILE)]
+    upper = [i if not i & size else LANES + i - size for i in range(LANES)]
     return upper, [lane + size for lane in upper]
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    """Exchanges the off-diagonal blocks of size 1, then 2, then 4, of each pair of rows."""
-    for size in (1, 2, 4):
-        for i in range(TILE):
+    """Exchanges the off-diagonal blocks of size 1, then 2, 4 and so on, of each pair of rows."""
+    size = 1
+    while size < LANES:
+        for i in range(LANES):
             if not i & size:
                 pair = rows[i], rows[i + size]
                 rows[i], rows[i + size] = (_shuffled(builder, *pair, m) for m in _lanes(size))
+        size *= 2
     return rows
 
 
 def _summed(builder: Any, vectors: list[Any]) -> Any:
-    """One vector with the sum of each, of LANES; there are 1, 2, 4 or TILE of them."""
+    """One vector with the sum of each; there are 1, 2, 4 or 8 of them."""
     size, num = 1, len(vectors)
-    if LANES > TILE:
-        vectors = [_halves_added(builder, vector, TILE) for vector in vectors]
     while len(vectors) > 1:
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
         vectors = [
             builder.fadd(*(_shuffled(builder, *pair, m) for m in _lanes(size))) for pair in pairs
         ]
         size *= 2
-    (sums,), width = vectors, TILE
+    (sums,), width = vectors, LANES
     while width > num:  # each is still in several parts
         width //= 2
-        sums = _halves_added(builder, sums, width)
+        halves = list(range(width)), list(range(width, 2 * width))
+        sums = builder.fadd(*(_shuffled(builder, sums, sums, lanes) for lanes in halves))
     return sums
-
-
-def _halves_added(builder: Any, vector: Any, width: int) -> Any:
-    halves = list(range(width)), list(range(width, 2 * width))
-    return builder.fadd(*(_shuffled(builder, vector, vector, lanes) for lanes in halves))
 
 
 def _shuffled(builder: Any, one: Any, other: Any, lanes: list[int]) -> Any:
@@ -165,10 +157,10 @@ def _add_dots(num: int) -> Any:
             totals = [ir.Constant(_vector(LANES), [0.0] * LANES)] * num
             for s in range(0, SLAB, LANES):
                 start = ir.Constant(e.type, s)
-                pointer = _row(context, builder, left, left_RS, row, start, LANES)
+                pointer = _row(context, builder, left, left_RS, row, start)
                 a = builder.load(pointer, align=4)
                 for i, column in enumerate(at):
-                    pointer = _row(context, builder, right, right_CS, column, start, LANES)
+                    pointer = _row(context, builder, right, right_CS, column, start)
                     product = builder.fmul(a, builder.load(pointer, align=4), flags=["contract"])
                     totals[i] = builder.fadd(totals[i], product, flags=["contract"])
             place = builder.bitcast(item(sums, sum_array, 0), _vector(num).as_pointer())
@@ -190,13 +182,12 @@ def _transpose(x_TN, start, stop, first, last, out_NS):  # type: ignore[no-untyp
     `out`, whose other columns become 0.
     """
     width, length = last - first, stop - start
-    # Two tiles below each other: a row of them fills a line of the cache.
-    wide, tall = width // TILE * TILE, length // (2 * TILE) * (2 * TILE)
-    for top in range(0, tall, 2 * TILE):
-        for left in range(0, wide, TILE):
-            at = first + left
-            _transpose_tile(x_TN, start + top, at, out_NS, left, top)  # type: ignore[call-arg]
-            _transpose_tile(x_TN, start + top + TILE, at, out_NS, left, top + TILE)
+    # As many tiles below each other as fill a line of the cache.
+    wide, tall = width // LANES * LANES, length // _LINE * _LINE
+    for top in range(0, tall, _LINE):
+        for left in range(0, wide, LANES):
+            for part in range(top, top + _LINE, LANES):
+                _transpose_tile(x_TN, start + part, first + left, out_NS, left, part)  # type: ignore[call-arg]
     for t in range(length):
         for n in range(wide if t < tall else 0, width):
             out_NS[n, t] = x_TN[start + t, first + n]
