@@ -29,6 +29,8 @@ class SpielLinear(DeltaLayer):
         self.inputs_are_rows = isinstance(base_layer, Conv1D)
         self.in_features, self.out_features = self.shape[:: 1 if self.inputs_are_rows else -1]
         self.observers: dict[str, Observer] = {}
+        #: Adapter -> the gradient at its support, as far as backward has asked for it.
+        self._gradients: dict[str, ops.SampledGradient] = {}
         self.register_state_dict_pre_hook(_put_back_before_saving)
 
     # -- adapters ---------------------------------------------------------------------------
@@ -62,6 +64,7 @@ class SpielLinear(DeltaLayer):
         """Takes over a checked support [k] and its deltas [k]; the Parameter stays the same."""
         self.refuse_merged()
         self.put_back()
+        self._gradients.pop(adapter, None)
         self.spiel_indices[adapter] = indices
         with torch.no_grad():
             self.spiel_deltas[adapter].copy_(deltas)
@@ -80,6 +83,7 @@ class SpielLinear(DeltaLayer):
         if not self.merged:
             self.put_back()
         self.observers.pop(adapter_name, None)
+        self._gradients.pop(adapter_name, None)
         self._known.pop(adapter_name, None)
         self._dtypes.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
@@ -126,11 +130,15 @@ class SpielLinear(DeltaLayer):
         indices, observer = self.spiel_indices[adapter], self.observers.get(adapter)
         if observer is not None:
             return observer.observe(left, right, indices)
-        return ops.sampled_gradient(left, right, indices)
+        gradient = self._gradients.get(adapter)
+        if gradient is None or gradient.indices is not indices:
+            gradient = self._gradients[adapter] = ops.SampledGradient(indices)
+        return gradient(left, right)
 
     # -- moving, copying, saving ------------------------------------------------------------
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        self._gradients.clear()
         # A change of dtype or device must see the pretrained weight, not rounded sums.
         if self.merged:
             merged = self.merged_adapters
@@ -162,7 +170,7 @@ class SpielLinear(DeltaLayer):
     def __getstate__(self) -> dict[str, Any]:
         if not self.merged:
             self.put_back()
-        return {**self.__dict__, "observers": {}, "_known": {}, "_prepared": None}
+        return {**self.__dict__, "observers": {}, "_gradients": {}, "_known": {}, "_prepared": None}
 
     def __repr__(self) -> str:
         return "spiel." + super().__repr__()

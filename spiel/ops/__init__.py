@@ -7,7 +7,7 @@ The choice is a rule that can be read here, can be overruled (`use_backend`), an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -112,6 +112,36 @@ def sampled_gradient(
 ) -> torch.Tensor:
     """The entries of one support [k], as `sampled_gradients` has them."""
     return sampled_gradients(left_TR, right_TC, [indices])[0]
+
+
+class SampledGradient:
+    """`sampled_gradient` of one weight at one support [k], in backward pass after backward pass.
+
+    Between large products whatever has to be looked up is far from the cache, so what follows from
+    the support alone is looked up once: the backend, and how that divides its work.
+    """
+
+    def __init__(self, indices: torch.Tensor) -> None:
+        self.indices = indices
+        self._asked: tuple[str | None, torch.dtype] | None = None
+
+    def __call__(self, left_TR: torch.Tensor, right_TC: torch.Tensor) -> torch.Tensor:
+        if len(self.indices) == 0:
+            return sampled_gradient(left_TR, right_TC, self.indices)
+        if self._asked != (_forced, left_TR.dtype):
+            self._look_up(left_TR, right_TC)
+        backend_calls[self._backend] += 1
+        return self._run(left_TR, right_TC)
+
+    def _look_up(self, left_TR: torch.Tensor, right_TC: torch.Tensor) -> None:
+        indices, numel = self.indices, left_TR.shape[1] * right_TC.shape[1]
+        name = choose_backend(left_TR.device, len(indices), numel, left_TR.dtype)
+        self._run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+        if name == "compiled":
+            self._run = optional.module(name).SampledEntries(indices)
+        else:
+            self._run = lambda left, right: BACKENDS[name](left, right, [indices])[0]
+        self._asked, self._backend = (_forced, left_TR.dtype), name
 
 
 def write_entries(

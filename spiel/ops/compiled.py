@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -264,33 +263,47 @@ def _products(left_TR, right_TC, indices, bounds, values, num_threads, num_share
         out += sums[share]
 
 
+class SampledEntries:
+    """What `sampled_gradients` asks of some supports, each [k], found once for many calls."""
+
+    def __init__(self, *supports: torch.Tensor) -> None:
+        indices = supports[0] if len(supports) == 1 else torch.cat(supports)
+        self._indices = indices.contiguous().numpy()
+        self._bounds = np.array([0, *accumulate(map(len, supports))])
+        self._num_threads = self._num_shares = 0
+
+    def __call__(self, left_TR: torch.Tensor, right_TC: torch.Tensor) -> torch.Tensor:
+        """Those entries of left.T @ right, in fp32, one support's after the other's."""
+        num_threads = set_threads()
+        if num_threads != self._num_threads:
+            self._num_threads = num_threads
+            self._num_shares = _num_shares(num_threads, len(self._indices))
+        left, right = _array(left_TR), _array(right_TC)
+        workspace = _workspace(num_threads * (left.shape[1] + right.shape[1]) * SLAB)
+        entries = torch.empty(len(self._indices), dtype=torch.float32, device="cpu")
+        division = self._bounds, workspace, num_threads, self._num_shares
+        _products(left, right, self._indices, *division, entries.numpy())
+        return entries
+
+
+def _array(operand: torch.Tensor) -> np.ndarray:
+    if operand.requires_grad:
+        operand = operand.detach()
+    if operand.dtype != torch.float32 or not operand.is_contiguous():
+        operand = operand.float().contiguous()
+    array: np.ndarray = operand.numpy()
+    return array
+
+
 def sampled_gradients(
     left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """For each support [k] those entries of left.T @ right, in fp32."""
-    num_threads = set_threads()
-    indices = supports[0] if len(supports) == 1 else torch.cat(list(supports))
-    entries = torch.empty(len(indices), dtype=torch.float32)
-    _products(
-        left_TR.detach().float().contiguous().numpy(),
-        right_TC.detach().float().contiguous().numpy(),
-        indices.contiguous().numpy(),
-        _bounds(*map(len, supports)),
-        _workspace(num_threads * (left_TR.shape[1] + right_TC.shape[1]) * SLAB),
-        num_threads,
-        _num_shares(num_threads, len(indices)),
-        entries.numpy(),
-    )
+    entries = SampledEntries(*supports)(left_TR, right_TC)
     if len(supports) == 1:
         return [entries]
     # Each support's in memory of its own: the gradient of the deltas outlives the candidates'.
     return [own.clone() for own in entries.split([len(support) for support in supports])]
-
-
-@lru_cache(maxsize=1024)
-def _bounds(*sizes: int) -> np.ndarray:
-    """Where supports of these sizes begin and end, one after the other."""
-    return np.array([0, *accumulate(sizes)])
 
 
 def _num_shares(num_threads: int, k: int) -> int:

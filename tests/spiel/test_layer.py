@@ -1,6 +1,7 @@
 """SpielLinear forward and backward: against a dense reference, in bytes kept, and compiled."""
 
 import copy
+import weakref
 
 import numpy as np
 import peft
@@ -174,6 +175,24 @@ def test_gradients_can_be_asked_for_with_a_graph_but_have_none(two_layers, adapt
     assert all(torch.equal(*each) for each in zip(found, expected, strict=True))
     with pytest.raises(RuntimeError, match="once_differentiable"):
         found[0].sum().backward()
+
+
+def test_what_backward_found_out_of_a_support_goes_with_it(two_layers, adapt, dense):
+    base = two_layers()
+    model = adapt(copy.deepcopy(base))
+    name, layer = next(iter(spiel_layers(model)[1].items()))
+    x = torch.randn(4, 12)
+    model(x).square().sum().backward()
+    before = weakref.ref(layer.spiel_indices["default"])
+    k, numel = len(before()), layer.shape[0] * layer.shape[1]
+    spiel.set_support(model, {name: torch.arange(numel - k, numel)})
+    assert before() is None
+    model.zero_grad()
+    model(x).square().sum().backward()
+    reference = dense(base, spiel.get_deltas(model))
+    reference(x).square().sum().backward()
+    expected = reference.get_submodule(name).weight.grad.reshape(-1)[-k:]
+    torch.testing.assert_close(layer.spiel_deltas["default"].grad, expected)
 
 
 def test_compiled_training_goes_as_it_does_without(two_layers, adapt):

@@ -175,6 +175,27 @@ def test_the_rule_takes_single_entries_where_they_are_faster(has_numba, sparse, 
     assert ops.choose_backend(cpu, 10, 32 * 32) == "blocked"
 
 
+def test_a_gradient_asked_for_again_heeds_what_is_asked_now():
+    left, right, indices = *operands(300, 40, 33), random_support(500, 40 * 33)
+    gradient = ops.SampledGradient(indices)
+    threads = torch.get_num_threads()
+    try:
+        for backend in (None, *BACKENDS, None):
+            for dtype in (torch.float32, torch.bfloat16):
+                for num_threads in (1, 2):
+                    torch.set_num_threads(num_threads)
+                    own = left.to(dtype), right.to(dtype)
+                    ops.backend_calls.clear()
+                    with ops.use_backend(backend):
+                        found = gradient(*own)
+                        assert ops.backend_calls == {backend or "blocked": 1}
+                        assert torch.equal(found, ops.sampled_gradient(*own, indices))
+    finally:
+        torch.set_num_threads(threads)
+    none = ops.SampledGradient(indices[:0])(left, right)
+    assert none.shape == (0,) and none.dtype == torch.float32
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_several_threads_leave_a_gradient_of_its_own_size(backend):
     left, right, indices = *operands(300, 40, 33), random_support(500, 40 * 33)
