@@ -24,7 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from spiel.ops import blocked
-from spiel.ops.threads import set_threads
+from spiel.ops.threads import set_threads, with_prange
 
 #: Tokens of a slab: so few that it stays near, so many that a dot product pays for its last sum; a
 #: multiple of LANES.
@@ -224,7 +224,7 @@ def _even_rows(pointers, num_groups):  # type: ignore[no-untyped-def]
     return edges
 
 
-@numba.njit(nogil=True, cache=True, parallel=True)
+@with_prange
 def _products(left_TR, right_TC, indices, bounds, values, num_threads, num_shares, out):  # type: ignore[no-untyped-def]
     """Puts into `out` [k] the entries of left.T @ right at `indices` [k]: several supports in a
     row, the s-th of them from bounds[s] to bounds[s + 1].

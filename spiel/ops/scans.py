@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from spiel.ops.threads import set_threads
+from spiel.ops.threads import set_threads, with_prange
 
 #: All bits of an fp32 number but its sign: read as an integer, it grows with the magnitude.
 _MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -21,7 +21,7 @@ _MAGNITUDE = np.int32(0x7FFFFFFF)
 _RUN = 8
 
 
-@numba.njit(nogil=True, cache=True, parallel=True)
+@with_prange
 def _write_sums(weight, indices, originals, deltas):  # type: ignore[no-untyped-def]
     for e in numba.prange(len(indices)):
         weight[indices[e]] = originals[e] + deltas[e]
@@ -70,7 +70,7 @@ def _adamw_part(own, first, last, num_ages, table, part1, beta2, part2, eps, lr,
         values[e] = (values[e] - lr * step) * kept
 
 
-@numba.njit(nogil=True, cache=True, parallel=True)
+@with_prange
 def _adamw(addresses, sizes, num_threads, table, part1, beta2, part2, eps, lr, kept):  # type: ignore[no-untyped-def]
     """`addresses` [n, 5] are those of values, gradient, m, v and ages; `sizes` [n, 2] how many
     entries and ages there are. Each thread takes as many entries, one after the other.
@@ -185,7 +185,7 @@ def _collect(values, bits, bound, offset, places, found):  # type: ignore[no-unt
     return n
 
 
-@numba.njit(nogil=True, cache=True, parallel=True)
+@with_prange
 def _above(values, bits, bound, num_threads, places, found, counts):  # type: ignore[no-untyped-def]
     """Each thread fills `places` and `found` from where its part of `values` begins, and says how
     many there are.
