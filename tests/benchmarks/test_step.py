@@ -22,6 +22,7 @@ GENERATIONS = 8
 NEW_TOKENS = 32
 #: What fails as a regression: the goal of the project, and a margin for noise.
 MOST_OF_LORA = 0.90 * 1.05
+MOST_OF_FLOOR = 1.05 * 1.05
 MOST_RESELECTION = 0.03 * 1.5
 
 
@@ -56,6 +57,8 @@ def test_step_time(benchmark, timed):
     print(ratios)
     assert ratios["spiel / lora"] <= MOST_OF_LORA
     assert ratios["spiel-ma / lora"] <= MOST_OF_LORA
+    assert ratios["spiel / frozen"] <= MOST_OF_FLOOR
+    assert ratios["spiel-ma / frozen"] <= MOST_OF_FLOOR
 
 
 @pytest.mark.parametrize("name", ["spiel", "spiel-ma"])
