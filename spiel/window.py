@@ -140,12 +140,11 @@ def _before_and_after(window: GradientWindow) -> tuple[torch.Tensor, torch.Tenso
 
     They are of one length on all ranks.
     """
-    zeros = torch.zeros_like(_sample(window.deltas.detach()), dtype=torch.float32)
-    gradient = window.deltas.grad
-    if gradient is None:
+    if window.deltas.grad is None:
+        zeros = torch.zeros_like(_sample(window.deltas.detach()), dtype=torch.float32)
         return zeros, zeros
-    before = zeros if window.sample is None else window.sample
-    return before, _sample(gradient).float()
+    after = _sample(window.deltas.grad).float()
+    return torch.zeros_like(after) if window.sample is None else window.sample, after
 
 
 def end_step(windows: Sequence[GradientWindow], scale: float = 1.0) -> None:
