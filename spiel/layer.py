@@ -30,7 +30,7 @@ class SpielLinear(DeltaLayer):
         self.in_features, self.out_features = self.shape[:: 1 if self.inputs_are_rows else -1]
         self.observers: dict[str, Observer] = {}
         #: Adapter -> the gradient at its support, as far as backward has asked for it.
-        self._gradients: dict[str, ops.SampledGradient] = {}
+        self._gradients: dict[str, ops.SupportGradients] = {}
         self.register_state_dict_pre_hook(_put_back_before_saving)
 
     # -- adapters ---------------------------------------------------------------------------
@@ -131,9 +131,9 @@ class SpielLinear(DeltaLayer):
         if observer is not None:
             return observer.observe(left, right, indices)
         gradient = self._gradients.get(adapter)
-        if gradient is None or gradient.indices is not indices:
-            gradient = self._gradients[adapter] = ops.SampledGradient(indices)
-        return gradient(left, right)
+        if gradient is None or gradient.supports[0] is not indices:
+            gradient = self._gradients[adapter] = ops.SupportGradients(indices)
+        return gradient(left, right)[0]
 
     # -- moving, copying, saving ------------------------------------------------------------
 

@@ -91,20 +91,48 @@ def forget() -> None:
     blocked.forget_block()
 
 
+class SupportGradients:
+    """The gradient of a weight at some supports, each [k], in backward pass after backward pass.
+
+    Between large products whatever has to be looked up is far from the cache, so what follows from
+    the supports alone is looked up once: the backend, and how that divides its work.
+    """
+
+    def __init__(self, *supports: torch.Tensor) -> None:
+        self.supports = supports
+        self._k = sum(map(len, supports))
+        self._asked: tuple[str | None, torch.dtype] | None = None
+
+    def __call__(self, left_TR: torch.Tensor, right_TC: torch.Tensor) -> list[torch.Tensor]:
+        """For each support those entries of left.T @ right, in fp32.
+
+        `left_TR` [tokens, rows] and `right_TC` [tokens, cols] may be of any float dtype and layout.
+        """
+        if self._k == 0:
+            return [
+                torch.zeros(0, dtype=torch.float32, device=left_TR.device) for _ in self.supports
+            ]
+        if self._asked != (_forced, left_TR.dtype):
+            self._look_up(left_TR, right_TC)
+        backend_calls[self._backend] += 1
+        return self._run(left_TR, right_TC)
+
+    def _look_up(self, left_TR: torch.Tensor, right_TC: torch.Tensor) -> None:
+        supports, numel = self.supports, left_TR.shape[1] * right_TC.shape[1]
+        name = choose_backend(left_TR.device, self._k, numel, left_TR.dtype)
+        self._run: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
+        if name == "compiled":
+            self._run = optional.module(name).SampledEntries(*supports)
+        else:
+            self._run = lambda left, right: BACKENDS[name](left, right, supports)
+        self._asked, self._backend = (_forced, left_TR.dtype), name
+
+
 def sampled_gradients(
     left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """For each of several supports [k] of one weight those entries of left.T @ right, in fp32.
-
-    `left_TR` [tokens, rows] and `right_TC` [tokens, cols] may be of any float dtype and layout.
-    """
-    k = sum(map(len, supports))
-    if k == 0:
-        return [torch.zeros(0, dtype=torch.float32, device=left_TR.device) for _ in supports]
-    numel = left_TR.shape[1] * right_TC.shape[1]
-    name = choose_backend(left_TR.device, k, numel, left_TR.dtype)
-    backend_calls[name] += 1
-    return BACKENDS[name](left_TR, right_TC, supports)
+    """What `SupportGradients` of these supports gives, once."""
+    return SupportGradients(*supports)(left_TR, right_TC)
 
 
 def sampled_gradient(
@@ -112,36 +140,6 @@ def sampled_gradient(
 ) -> torch.Tensor:
     """The entries of one support [k], as `sampled_gradients` has them."""
     return sampled_gradients(left_TR, right_TC, [indices])[0]
-
-
-class SampledGradient:
-    """`sampled_gradient` of one weight at one support [k], in backward pass after backward pass.
-
-    Between large products whatever has to be looked up is far from the cache, so what follows from
-    the support alone is looked up once: the backend, and how that divides its work.
-    """
-
-    def __init__(self, indices: torch.Tensor) -> None:
-        self.indices = indices
-        self._asked: tuple[str | None, torch.dtype] | None = None
-
-    def __call__(self, left_TR: torch.Tensor, right_TC: torch.Tensor) -> torch.Tensor:
-        if len(self.indices) == 0:
-            return sampled_gradient(left_TR, right_TC, self.indices)
-        if self._asked != (_forced, left_TR.dtype):
-            self._look_up(left_TR, right_TC)
-        backend_calls[self._backend] += 1
-        return self._run(left_TR, right_TC)
-
-    def _look_up(self, left_TR: torch.Tensor, right_TC: torch.Tensor) -> None:
-        indices, numel = self.indices, left_TR.shape[1] * right_TC.shape[1]
-        name = choose_backend(left_TR.device, len(indices), numel, left_TR.dtype)
-        self._run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-        if name == "compiled":
-            self._run = optional.module(name).SampledEntries(indices)
-        else:
-            self._run = lambda left, right: BACKENDS[name](left, right, [indices])[0]
-        self._asked, self._backend = (_forced, left_TR.dtype), name
 
 
 def write_entries(

@@ -269,11 +269,11 @@ class SampledEntries:
     def __init__(self, *supports: torch.Tensor) -> None:
         indices = supports[0] if len(supports) == 1 else torch.cat(supports)
         self._indices = indices.contiguous().numpy()
-        self._bounds = np.array([0, *accumulate(map(len, supports))])
+        self._sizes = [len(support) for support in supports]
+        self._bounds = np.array([0, *accumulate(self._sizes)])
         self._num_threads = self._num_shares = 0
 
-    def __call__(self, left_TR: torch.Tensor, right_TC: torch.Tensor) -> torch.Tensor:
-        """Those entries of left.T @ right, in fp32, one support's after the other's."""
+    def __call__(self, left_TR: torch.Tensor, right_TC: torch.Tensor) -> list[torch.Tensor]:
         num_threads = set_threads()
         if num_threads != self._num_threads:
             self._num_threads = num_threads
@@ -283,7 +283,10 @@ class SampledEntries:
         entries = torch.empty(len(self._indices), dtype=torch.float32, device="cpu")
         division = self._bounds, workspace, num_threads, self._num_shares
         _products(left, right, self._indices, *division, entries.numpy())
-        return entries
+        if len(self._sizes) == 1:
+            return [entries]
+        # Each support's in memory of its own: the gradient of the deltas outlives the candidates'.
+        return [own.clone() for own in entries.split(self._sizes)]
 
 
 def _array(operand: torch.Tensor) -> np.ndarray:
@@ -299,11 +302,7 @@ def sampled_gradients(
     left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """For each support [k] those entries of left.T @ right, in fp32."""
-    entries = SampledEntries(*supports)(left_TR, right_TC)
-    if len(supports) == 1:
-        return [entries]
-    # Each support's in memory of its own: the gradient of the deltas outlives the candidates'.
-    return [own.clone() for own in entries.split([len(support) for support in supports])]
+    return SampledEntries(*supports)(left_TR, right_TC)
 
 
 def _num_shares(num_threads: int, k: int) -> int:
