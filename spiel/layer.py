@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spiel import ops
 from spiel.delta_layer import DeltaLayer
+from spiel.ops.product import Operand, flat, formed
 from spiel.support import check_loaded, check_support, index_dtype, random_support
 from spiel.tap import Observer, Tap
 
@@ -122,11 +123,11 @@ class SpielLinear(DeltaLayer):
             return out
         return Tap.apply(out, x, self, adapters, *deltas)
 
-    def delta_gradient(self, adapter: str, x: torch.Tensor, grad_out: torch.Tensor) -> torch.Tensor:
+    def delta_gradient(self, adapter: str, x: Operand, grad_out: torch.Tensor) -> torch.Tensor:
         """Gradient [k] in fp32 of the deltas, from the layer's input and its output's gradient."""
-        left, right = grad_out.reshape(-1, grad_out.shape[-1]), x.reshape(-1, x.shape[-1])
+        left, right = grad_out.reshape(-1, grad_out.shape[-1]), flat(x)
         if self.inputs_are_rows:
-            left, right = right, left
+            left, right = formed(right), left
         indices, observer = self.spiel_indices[adapter], self.observers.get(adapter)
         if observer is not None:
             return observer.observe(left, right, indices)

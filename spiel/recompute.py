@@ -3,7 +3,8 @@
 The gradient of the deltas needs the layer's input, which a frozen layer need not keep. Where that
 input is a product of activations (a gated MLP, a normalisation) or their GELU, the graph holds its
 factors until the backward pass is past them: so the input need not be kept beside them, and one
-pass over the factors gives it again, bit for bit.
+pass over the factors gives it again, bit for bit. A kernel that multiplies them as it reads them
+spares even that pass: so products are handed on as such.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from spiel.ops.product import Operand, Product
 
 #: A node of autograd's graph: the operation that made a tensor. None for a tensor without one.
 Node = Any
@@ -55,13 +58,14 @@ def _unknown() -> None:
     """Stands for the hooks of a torch that does not tell whether there are any."""
 
 
-#: The node asked for last and its tensor: modules that share an input ask one after the other. One
-#: object, so that threads (a backward pass has one for each GPU) never see half a change.
-_last: tuple[Node, torch.Tensor] | None = None
+#: The node asked for last and what it made: modules that share an input ask one after the other.
+#: One object, so that threads (a backward pass has one for each GPU) never see half a change.
+_last: tuple[Node, Operand] | None = None
 
 
-def remade(node: Node) -> torch.Tensor:
-    """The tensor that `node` made, if it `can_remake` that; in a backward pass not yet past `node`.
+def remade(node: Node) -> Operand:
+    """The tensor [..., n] that `node` made, if it `can_remake` that; in a backward pass not yet
+    past `node`. If it is a product of what the graph keeps, that [tokens, n], not formed yet.
 
     Raises:
         RuntimeError: an earlier backward pass freed the graph there, or a factor was changed.
@@ -71,8 +75,11 @@ def remade(node: Node) -> torch.Tensor:
     if last is not None and last[0] is node:
         return last[1]
     last = _last = None  # before the next is made, not beside it
-    with torch.no_grad():
-        x = _remake(node)
+    factors = _factors(node)
+    x: Operand | None = Product.of(factors) if factors else None
+    if x is None:
+        with torch.no_grad():
+            x = _remake(node)
     _last = node, x
     return x
 
@@ -81,6 +88,22 @@ def forget() -> None:
     """Lets go of the tensor kept for the next layer; for the end of a backward pass."""
     global _last
     _last = None
+
+
+def _factors(node: Node) -> list[torch.Tensor] | None:
+    """What was multiplied with each other from the left, the largest first; None if that is not all
+    kept, or not all that `node` and those before it did.
+    """
+    if node is None or node.name() != PRODUCT:
+        return None
+    sides, saved = [], (node._saved_self, node._saved_other)
+    for kept, (made_by, _) in zip(saved, node.next_functions, strict=True):
+        side = _factors(made_by) if kept is None else [kept.detach()]
+        if side is None:
+            return None
+        sides.append(side)
+    first, second = sorted(sides, key=lambda side: (len(side), side[0].numel()), reverse=True)
+    return first + second if len(second) == 1 else None
 
 
 def _remake(node: Node) -> torch.Tensor:

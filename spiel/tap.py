@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from spiel import ops, recompute
+from spiel.ops.product import Operand
 
 
 class Tapped(Protocol):
@@ -20,16 +21,14 @@ class Tapped(Protocol):
 
     def make_live(self, adapters: Sequence[str]) -> None: ...
 
-    def delta_gradient(
-        self, adapter: str, x: torch.Tensor, grad_out: torch.Tensor
-    ) -> torch.Tensor: ...
+    def delta_gradient(self, adapter: str, x: Operand, grad_out: torch.Tensor) -> torch.Tensor: ...
 
 
 class Observer(Protocol):
     """Who watches a weight's gradient; `spiel.window.GradientWindow` is one."""
 
     def observe(
-        self, left_TR: torch.Tensor, right_TC: torch.Tensor, indices: torch.Tensor
+        self, left_TR: torch.Tensor, right_TC: Operand, indices: torch.Tensor
     ) -> torch.Tensor:
         """Called in backward. The weight's gradient is left.T @ right; returns its entries [k] at
         `indices` in fp32, which may come along with those that the observer wants for itself.

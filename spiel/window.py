@@ -10,6 +10,7 @@ import torch
 from spiel.distributed import average_, on_any_rank
 from spiel.ops import sampled_gradient, sampled_gradients
 from spiel.ops.blocked import BlockEntries, largest_gradients
+from spiel.ops.product import Operand, formed
 
 #: A scale that is off by less is rounding.
 SCALE_TOLERANCE = 1e-5
@@ -56,7 +57,7 @@ class GradientWindow:
         self.squares: torch.Tensor | None = None  # [k]
 
     def observe(
-        self, left_TR: torch.Tensor, right_TC: torch.Tensor, indices: torch.Tensor
+        self, left_TR: torch.Tensor, right_TC: Operand, indices: torch.Tensor
     ) -> torch.Tensor:
         """Takes in one micro-batch, whose dL/dW is left.T @ right; returns its entries [k] at the
         support `indices`.
@@ -74,10 +75,11 @@ class GradientWindow:
         return active
 
     def _choose(
-        self, left_TR: torch.Tensor, right_TC: torch.Tensor, indices: torch.Tensor
+        self, left_TR: torch.Tensor, right_TC: Operand, indices: torch.Tensor
     ) -> torch.Tensor:
         """As `observe`, by the product that the candidates are chosen from."""
         active = BlockEntries([indices], left_TR.shape[1], right_TC.shape[1])
+        right_TC = formed(right_TC)
         chosen, values = largest_gradients(left_TR, right_TC, len(indices), average_, active)
         if 0 < float(values.abs().amax()) < torch.inf:  # NaN is neither
             self.candidates, self.step_gradient = chosen, values

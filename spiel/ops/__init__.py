@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from spiel.ops import blocked, crossover, optional, reference, sampled
+from spiel.ops.product import Operand, formed
 from spiel.ops.reference import SampledGradients
 from spiel.ops.transposed import forget_operands
 
@@ -103,10 +104,11 @@ class SupportGradients:
         self._k = sum(map(len, supports))
         self._asked: tuple[str | None, torch.dtype] | None = None
 
-    def __call__(self, left_TR: torch.Tensor, right_TC: torch.Tensor) -> list[torch.Tensor]:
+    def __call__(self, left_TR: torch.Tensor, right_TC: Operand) -> list[torch.Tensor]:
         """For each support those entries of left.T @ right, in fp32.
 
-        `left_TR` [tokens, rows] and `right_TC` [tokens, cols] may be of any float dtype and layout.
+        `left_TR` [tokens, rows] and `right_TC` [tokens, cols] may be of any float dtype and layout,
+        and `right_TC` a product, which is formed where the backend does not take it as it is.
         """
         if self._k == 0:
             return [
@@ -117,26 +119,26 @@ class SupportGradients:
         backend_calls[self._backend] += 1
         return self._run(left_TR, right_TC)
 
-    def _look_up(self, left_TR: torch.Tensor, right_TC: torch.Tensor) -> None:
+    def _look_up(self, left_TR: torch.Tensor, right_TC: Operand) -> None:
         supports, numel = self.supports, left_TR.shape[1] * right_TC.shape[1]
         name = choose_backend(left_TR.device, self._k, numel, left_TR.dtype)
-        self._run: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
+        self._run: Callable[[torch.Tensor, Operand], list[torch.Tensor]]
         if name == "compiled":
             self._run = optional.module(name).SampledEntries(*supports)
         else:
-            self._run = lambda left, right: BACKENDS[name](left, right, supports)
+            self._run = lambda left, right: BACKENDS[name](left, formed(right), supports)
         self._asked, self._backend = (_forced, left_TR.dtype), name
 
 
 def sampled_gradients(
-    left_TR: torch.Tensor, right_TC: torch.Tensor, supports: Sequence[torch.Tensor]
+    left_TR: torch.Tensor, right_TC: Operand, supports: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """What `SupportGradients` of these supports gives, once."""
     return SupportGradients(*supports)(left_TR, right_TC)
 
 
 def sampled_gradient(
-    left_TR: torch.Tensor, right_TC: torch.Tensor, indices: torch.Tensor
+    left_TR: torch.Tensor, right_TC: Operand, indices: torch.Tensor
 ) -> torch.Tensor:
     """The entries of one support [k], as `sampled_gradients` has them."""
     return sampled_gradients(left_TR, right_TC, [indices])[0]

@@ -1,9 +1,10 @@
 """Only the wanted entries of a weight's gradient, on a CPU, by kernels that numba compiles.
 
-Both operands are transposed a slab of tokens at a time into buffers that stay in
-the cache, where every entry is a dot product; no transposed copy of an operand ever exists. Each
-thread takes tokens of its own or, where that many sums of all entries would be too much memory,
-rows of its own too. See `spiel.ops.reference` for what is computed.
+Both operands are transposed a slab of tokens at a time into buffers that stay in the cache, where
+every entry is a dot product; no transposed copy of an operand ever exists, and one that is itself a
+product of others is formed on the way. Each thread takes tokens of its own or, where that many sums
+of all entries would be too much memory, rows of its own too. See `spiel.ops.reference` for what is
+computed.
 
 All of it is in this one file, by whose date numba knows whether what it compiled is still true.
 """
@@ -24,6 +25,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from spiel.ops import blocked
+from spiel.ops.product import Operand, Product
 from spiel.ops.threads import set_threads, with_prange
 
 #: Tokens of a slab: so few that it stays near, so many that a dot product pays for its last sum; a
@@ -61,29 +63,78 @@ def _row(context: Any, builder: Any, kind: Any, array: Any, row: Any, column: An
     return builder.bitcast(pointer, _vector(LANES).as_pointer())
 
 
-@intrinsic
-def _transpose_tile(typing_context, source, t, n, target, m, s):  # type: ignore[no-untyped-def]
-    """target[m : m + LANES, s : s + LANES] = source[t : t + LANES, n : n + LANES].T
+#: Kinds of operands, each a tuple of its kind and three arrays [tokens, n], [tokens, 1] or [1, n]:
+#: values as they stand; a product of two for each entry; or values, each times a factor of its
+#: token, and that times one of its column. See `_value`.
+_PLAIN, _ENTRIES, _SCALED = range(3)
+_KINDS = {("entries",): _ENTRIES, ("tokens", "columns"): _SCALED}
 
-    Both are C-contiguous fp32 arrays with two dimensions; nothing checks the bounds. In a loop over
+
+def _transpose_tile(kind: int) -> Any:
+    """Makes an intrinsic: target[m : m + LANES, s : s + LANES] = x[t : t + LANES, n : n + LANES].T
+    for an operand x of that kind: see `_value`, which gives a single entry of it.
+
+    All are C-contiguous fp32 arrays with two dimensions; nothing checks the bounds. In a loop over
     scalars LLVM moves one value at a time, at a third of the speed.
     """
-    signature = types.void(source, types.intp, types.intp, target, types.intp, types.intp)
 
-    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        from_array, t, n, to_array, m, s = arguments
-        rows = [
-            builder.load(
-                _row(context, builder, source, from_array, _plus(builder, t, i), n), align=4
-            )
-            for i in range(LANES)
-        ]
-        for i, vector in enumerate(_transposed(builder, rows)):
-            pointer = _row(context, builder, target, to_array, _plus(builder, m, i), s)
-            builder.store(vector, pointer, align=4)
-        return context.get_dummy_value()
+    @intrinsic
+    def transpose_tile(typing_context, one, other, columns, t, n, target, m, s):  # type: ignore[no-untyped-def]
+        at = types.intp
+        signature = types.void(one, other, columns, at, at, target, at, at)
 
-    return signature, generate
+        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+            arrays, (t, n, to_array, m, s) = arguments[:3], arguments[3:]
+
+            def load(i: int, row: Any, column: Any) -> Any:
+                array_type = (one, other, columns)[i]
+                pointer = _row(context, builder, array_type, arrays[i], row, column)
+                return builder.load(pointer, align=4)
+
+            zero = ir.Constant(t.type, 0)
+            scales = load(2, zero, n) if kind == _SCALED else None
+
+            def row(t: Any) -> Any:
+                values = load(0, t, n)
+                if kind == _PLAIN:
+                    return values
+                if kind == _ENTRIES:
+                    return builder.fmul(values, load(1, t, n))
+                view = context.make_array(other)(context, builder, arrays[1])
+                place = cgutils.get_item_pointer(context, builder, other, view, [t, zero])
+                scale = _splat(builder, builder.load(place))
+                return builder.fmul(builder.fmul(values, scale), scales)
+
+            rows = [row(_plus(builder, t, i)) for i in range(LANES)]
+            for i, vector in enumerate(_transposed(builder, rows)):
+                pointer = _row(context, builder, target, to_array, _plus(builder, m, i), s)
+                builder.store(vector, pointer, align=4)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return transpose_tile
+
+
+_transpose_plain, _transpose_entries, _transpose_scaled = map(
+    _transpose_tile, (_PLAIN, _ENTRIES, _SCALED)
+)
+
+
+@numba.njit(nogil=True, cache=True)
+def _value(kind, one, other, columns, t, n):  # type: ignore[no-untyped-def]
+    """Entry [t, n] of an operand; `other` and `columns` are looked at if its kind has them."""
+    if kind == _ENTRIES:
+        return one[t, n] * other[t, n]
+    if kind == _SCALED:
+        return one[t, n] * other[t, 0] * columns[0, n]
+    return one[t, n]
+
+
+def _splat(builder: Any, value: Any) -> Any:
+    vector = ir.Constant(_vector(LANES), ir.Undefined)
+    vector = builder.insert_element(vector, value, ir.Constant(ir.IntType(32), 0))
+    return _shuffled(builder, vector, vector, [0] * LANES)
 
 
 def _plus(builder: Any, number: Any, i: int) -> Any:
@@ -176,20 +227,27 @@ _add_dots_8, _add_dots_4, _add_dots_2, _add_dots_1 = (_add_dots(num) for num in 
 
 
 @numba.njit(nogil=True, cache=True)
-def _transpose(x_TN, start, stop, first, last, out_NS):  # type: ignore[no-untyped-def]
-    """Tokens start to stop of the columns first to last of x, transposed, in the first columns of
-    `out`, whose other columns become 0.
+def _transpose(operand, start, stop, first, last, out_NS):  # type: ignore[no-untyped-def]
+    """Tokens start to stop of the columns first to last of an operand, transposed, in the first
+    columns of `out`, whose other columns become 0.
     """
+    kind, one, other, columns = operand
     width, length = last - first, stop - start
     # As many tiles below each other as fill a line of the cache.
     wide, tall = width // LANES * LANES, length // _LINE * _LINE
     for top in range(0, tall, _LINE):
         for left in range(0, wide, LANES):
             for part in range(top, top + _LINE, LANES):
-                _transpose_tile(x_TN, start + part, first + left, out_NS, left, part)  # type: ignore[call-arg]
-    for t in range(length):
-        for n in range(wide if t < tall else 0, width):
-            out_NS[n, t] = x_TN[start + t, first + n]
+                t, n = start + part, first + left
+                if kind == _ENTRIES:
+                    _transpose_entries(one, other, columns, t, n, out_NS, left, part)
+                elif kind == _SCALED:
+                    _transpose_scaled(one, other, columns, t, n, out_NS, left, part)
+                else:
+                    _transpose_plain(one, other, columns, t, n, out_NS, left, part)
+    for s in range(length):
+        for n in range(wide if s < tall else 0, width):
+            out_NS[n, s] = _value(kind, one, other, columns, start + s, first + n)
     out_NS[:width, length:] = 0
 
 
@@ -225,14 +283,14 @@ def _even_rows(pointers, num_groups):  # type: ignore[no-untyped-def]
 
 
 @with_prange
-def _products(left_TR, right_TC, indices, bounds, values, num_threads, num_shares, out):  # type: ignore[no-untyped-def]
+def _products(left, right, indices, bounds, values, num_threads, num_shares, out):  # type: ignore[no-untyped-def]
     """Puts into `out` [k] the entries of left.T @ right at `indices` [k]: several supports in a
     row, the s-th of them from bounds[s] to bounds[s + 1].
 
     Tokens are divided into `num_shares`, and the rows among the threads that have one share in
     common. `values` is workspace, of at least (rows + cols) * SLAB for each thread.
     """
-    tokens, rows, cols = left_TR.shape[0], left_TR.shape[1], right_TC.shape[1]
+    (tokens, rows), cols = left[1].shape, right[1].shape[1]
     num_groups = num_threads // num_shares
     size = num_threads * (rows + cols) * SLAB
     slabs = values[:size].reshape((num_threads, rows + cols, SLAB))
@@ -252,8 +310,8 @@ def _products(left_TR, right_TC, indices, bounds, values, num_threads, num_share
         end = min(tokens, (share + 1) * length) if last > first else 0
         for start in range(share * length, end, SLAB):
             stop = min(start + SLAB, end)
-            _transpose(left_TR, start, stop, first, last, left_RS)
-            _transpose(right_TC, start, stop, 0, cols, right_CS)
+            _transpose(left, start, stop, first, last, left_RS)
+            _transpose(right, start, stop, 0, cols, right_CS)
             for s in range(num_supports):
                 lo, hi = bounds[s], bounds[s + 1]
                 here = pointers[s, first : last + 1]
@@ -273,13 +331,13 @@ class SampledEntries:
         self._bounds = np.array([0, *accumulate(self._sizes)])
         self._num_threads = self._num_shares = 0
 
-    def __call__(self, left_TR: torch.Tensor, right_TC: torch.Tensor) -> list[torch.Tensor]:
+    def __call__(self, left_TR: torch.Tensor, right_TC: Operand) -> list[torch.Tensor]:
         num_threads = set_threads()
         if num_threads != self._num_threads:
             self._num_threads = num_threads
             self._num_shares = _num_shares(num_threads, len(self._indices))
-        left, right = _array(left_TR), _array(right_TC)
-        workspace = _workspace(num_threads * (left.shape[1] + right.shape[1]) * SLAB)
+        left, right = _arrays(left_TR), _arrays(right_TC)
+        workspace = _workspace(num_threads * (left_TR.shape[1] + right_TC.shape[1]) * SLAB)
         entries = torch.empty(len(self._indices), dtype=torch.float32, device="cpu")
         division = self._bounds, workspace, num_threads, self._num_shares
         _products(left, right, self._indices, *division, entries.numpy())
@@ -289,13 +347,24 @@ class SampledEntries:
         return [own.clone() for own in entries.split(self._sizes)]
 
 
-def _array(operand: torch.Tensor) -> np.ndarray:
+def _arrays(operand: Operand) -> tuple[Any, ...]:
+    """The operand's kind, and the three arrays that `_value` takes for it."""
+    if isinstance(operand, Product):
+        kind, factors = _KINDS.get(operand.kinds), (operand.one, *operand.others)
+        if kind is not None and all(map(_is_array, factors)):
+            arrays = [factor.numpy() for factor in factors]
+            return kind, *arrays[:2], arrays[-1]
+        operand = operand.form()
     if operand.requires_grad:
         operand = operand.detach()
-    if operand.dtype != torch.float32 or not operand.is_contiguous():
+    if not _is_array(operand):
         operand = operand.float().contiguous()
     array: np.ndarray = operand.numpy()
-    return array
+    return _PLAIN, array, array, array
+
+
+def _is_array(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
 def sampled_gradients(

@@ -9,6 +9,7 @@ import torch
 from spiel import ops
 from spiel.live import LiveEntries
 from spiel.ops import blocked, optional, reference
+from spiel.ops.product import Product, flat, formed
 from spiel.support import random_support
 
 #: Those that run wherever torch does; the kernels have tests of their own in test_triton.py.
@@ -51,6 +52,41 @@ def test_sampled_gradient_is_the_dense_one_at_the_indices(backend, shape, share,
     if len(indices) > 0:
         assert_close_rms(values, expected, 1e-5)
         assert ops.backend_calls == {backend: 1}
+
+
+#: Factors of an operand [tokens, n], the first one of which is [2, tokens / 2, n].
+FACTORS = {
+    "entries": lambda x: [x, x.cos()],
+    "tokens": lambda x: [x, x[..., :1].cos()],
+    "columns": lambda x: [x, x[0, 0].cos()],
+    "normalised": lambda x: [x, x[..., :1].cos(), x[0, 0]],
+    "normalised and gated": lambda x: [x, x[..., :1].cos(), x[0, 0], x.cos()],
+    "not contiguous": lambda x: [x.transpose(0, 1).contiguous().transpose(0, 1), x.cos()],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(64, 17, 31), (1000, 5, 7), (2, 130, 65), (96, 32, 48)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FACTORS)
+def test_a_product_is_formed_on_the_way_to_the_same_bits(backend, shape, dtype, name):
+    tokens, rows, cols = shape
+    left, right = operands(*shape, dtype)
+    product = Product.of(FACTORS[name](right.view(2, tokens // 2, cols)))
+    assert product.shape == (tokens, cols) and flat(product) is product
+    expected = torch.ones((), dtype=dtype)
+    for factor in (product.one, *product.others):
+        expected = expected * factor
+    indices = random_support(rows * cols // 3, rows * cols)
+    with ops.use_backend(backend):
+        values = ops.sampled_gradient(left, product, indices)
+        assert torch.equal(values, ops.sampled_gradient(left, expected, indices))
+    by_kernel = backend == "compiled" and dtype == torch.float32
+    assert bool(product.others) == (
+        by_kernel and name in ("entries", "normalised", "not contiguous")
+    )
+    assert torch.equal(formed(product), expected)
+    assert formed(product) is formed(product)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,7 +8,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from spiel import recompute
+from spiel import ops, recompute
+from spiel.ops.product import formed
 from suites.measure import saved_for_backward_bytes
 
 IDS = torch.arange(1, 33).view(2, 16)
@@ -44,13 +45,44 @@ def test_remade_is_the_same_to_the_bit(make, dtype):
     x = make(torch.randn(3, 5, SIZE, requires_grad=True).to(dtype))
     assert recompute.can_remake(x)
     again = recompute.remade(x.grad_fn)
-    assert again.dtype == x.dtype and again.stride() == x.stride()
-    assert torch.equal(again, x)
-    assert again.data_ptr() != x.data_ptr()
+    made = formed(again).view(x.shape)
+    assert made.dtype == x.dtype and made.stride() == x.stride()
+    assert torch.equal(made, x)
+    assert made.data_ptr() != x.data_ptr()
     assert recompute.remade(x.grad_fn) is again
+    assert formed(again).data_ptr() == made.data_ptr()
     recompute.forget()
     assert recompute.remade(x.grad_fn) is not again
     recompute.forget()
+
+
+#: What is made of factors of these kinds may be left to a kernel.
+LEFT_TO_KERNELS = {
+    "product": ("entries",),
+    "square": ("entries",),
+    "gated": ("entries",),
+    "cast": ("entries",),  # to what it is already
+    "broadcast": ("tokens",),
+    "Llama's norm": ("tokens", "columns"),
+    "Gemma's norm": ("tokens", "columns"),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_products_need_not_be_formed(name):
+    x = KNOWN[name](torch.randn(3, 5, SIZE, requires_grad=True))
+    again = recompute.remade(x.grad_fn)
+    recompute.forget()
+    assert getattr(again, "kinds", None) == LEFT_TO_KERNELS.get(name)
+
+
+def test_factors_of_other_shapes_are_multiplied_at_once():
+    h = torch.randn(3, 5, SIZE, requires_grad=True)
+    for factor in (h.mean(0), h.mean(1, keepdim=True), h.mean(0, keepdim=True), h.mean()):
+        x = factor * h.exp()
+        again = recompute.remade(x.grad_fn)
+        recompute.forget()
+        assert isinstance(again, torch.Tensor) and torch.equal(again, x)
 
 
 def changed_in_place(h):
@@ -170,12 +202,16 @@ WAYS = {
 
 @pytest.mark.parametrize(("backward", "num_remade"), WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_those_of_kept_inputs(llama, adapt, monkeypatch, backward, num_remade, dtype):
+@pytest.mark.parametrize("backend", ["blocked", "compiled"])
+def test_gradients_are_those_of_kept_inputs(
+    llama, adapt, monkeypatch, backward, num_remade, dtype, backend
+):
     model = adapt(llama(dtype), task_type="CAUSAL_LM").train()
     watched = Watched(model, monkeypatch)
-    wanted, num = watched.gradients(backward, is_kept=True)
-    assert num == 0 and len(wanted) == 14
-    found, num = watched.gradients(backward)
+    with ops.use_backend(backend):
+        wanted, num = watched.gradients(backward, is_kept=True)
+        assert num == 0 and len(wanted) == 14
+        found, num = watched.gradients(backward)
     assert num == num_remade
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
