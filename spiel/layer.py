@@ -132,7 +132,7 @@ class SpielLinear(DeltaLayer):
         if observer is not None:
             return observer.observe(left, right, indices)
         gradient = self._gradients.get(adapter)
-        if gradient is None or gradient.supports[0] is not indices:
+        if gradient is None or not gradient.is_of(indices):
             gradient = self._gradients[adapter] = ops.SupportGradients(indices)
         return gradient(left, right)[0]
 

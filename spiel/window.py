@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from spiel.distributed import average_, on_any_rank
-from spiel.ops import sampled_gradient, sampled_gradients
+from spiel.ops import SupportGradients, sampled_gradient
 from spiel.ops.blocked import BlockEntries, largest_gradients
 from spiel.ops.product import Operand, formed
 
@@ -33,8 +33,9 @@ class GradientWindow:
     All of it is averaged over data-parallel ranks: the whole weight's gradient, block by block, on
     the micro-batch that chooses, and the candidates' gradients once in every optimizer step.
 
-    Memory: while open 8 bytes and an index for each candidate, 4 more from backward to step, and
-    at most half a KiB of the active gradient.
+    Memory: while open 8 bytes and an index for each candidate, 4 more from backward to step, at
+    most half a KiB of the active gradient, and on CPUs one more index for each candidate and each
+    active weight.
 
     Args:
         deltas: the Parameter [k] of the active weights; there are as many candidates.
@@ -55,6 +56,7 @@ class GradientWindow:
         self.sample: torch.Tensor | None = None  # of the active weights' gradient, likewise
         self.sums: torch.Tensor | None = None  # [k]
         self.squares: torch.Tensor | None = None  # [k]
+        self._gradients: SupportGradients | None = None  # of the active weights and the candidates
 
     def observe(
         self, left_TR: torch.Tensor, right_TC: Operand, indices: torch.Tensor
@@ -64,7 +66,9 @@ class GradientWindow:
         """
         may_choose = self._may_choose(self)
         if self.candidates is not None:
-            active, own = sampled_gradients(left_TR, right_TC, [indices, self.candidates])
+            if self._gradients is None or not self._gradients.is_of(indices, self.candidates):
+                self._gradients = SupportGradients(indices, self.candidates)
+            active, own = self._gradients(left_TR, right_TC)
             self.step_gradient = own if self.step_gradient is None else self.step_gradient.add_(own)
         elif may_choose:
             active = self._choose(left_TR, right_TC, indices)

@@ -6,6 +6,7 @@ The choice is a rule that can be read here, can be overruled (`use_backend`), an
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from spiel.ops import blocked, crossover, optional, reference, sampled
 from spiel.ops.product import Operand, formed
 from spiel.ops.reference import SampledGradients
 from spiel.ops.transposed import forget_operands
+from spiel.support import version_of
 
 
 def _deferred(name: str) -> SampledGradients:
@@ -96,13 +98,21 @@ class SupportGradients:
     """The gradient of a weight at some supports, each [k], in backward pass after backward pass.
 
     Between large products whatever has to be looked up is far from the cache, so what follows from
-    the supports alone is looked up once: the backend, and how that divides its work.
+    the supports alone is looked up once: the backend, and how that divides its work. So this holds
+    as long as nobody writes into them: see `is_of`.
     """
 
     def __init__(self, *supports: torch.Tensor) -> None:
-        self.supports = supports
+        self._supports = supports
+        self._versions = [version_of(support) for support in supports]
         self._k = sum(map(len, supports))
         self._asked: tuple[str | None, torch.dtype] | None = None
+
+    def is_of(self, *supports: torch.Tensor) -> bool:
+        """Whether these are its supports, none of which was written into since."""
+        return all(map(operator.is_, supports, self._supports)) and self._versions == [
+            version_of(support) for support in supports
+        ]
 
     def __call__(self, left_TR: torch.Tensor, right_TC: Operand) -> list[torch.Tensor]:
         """For each support those entries of left.T @ right, in fp32.
@@ -112,7 +122,7 @@ class SupportGradients:
         """
         if self._k == 0:
             return [
-                torch.zeros(0, dtype=torch.float32, device=left_TR.device) for _ in self.supports
+                torch.zeros(0, dtype=torch.float32, device=left_TR.device) for _ in self._supports
             ]
         if self._asked != (_forced, left_TR.dtype):
             self._look_up(left_TR, right_TC)
@@ -120,7 +130,7 @@ class SupportGradients:
         return self._run(left_TR, right_TC)
 
     def _look_up(self, left_TR: torch.Tensor, right_TC: Operand) -> None:
-        supports, numel = self.supports, left_TR.shape[1] * right_TC.shape[1]
+        supports, numel = self._supports, left_TR.shape[1] * right_TC.shape[1]
         name = choose_backend(left_TR.device, self._k, numel, left_TR.dtype)
         self._run: Callable[[torch.Tensor, Operand], list[torch.Tensor]]
         if name == "compiled":

@@ -175,3 +175,22 @@ def test_a_module_that_is_never_used_keeps_its_support(growth):
     after = spiel.get_deltas(model)
     assert torch.equal(before["expert"][0], after["expert"][0])
     assert not torch.equal(before["last"][0], after["last"][0])
+
+
+@pytest.mark.parametrize("backend", ["compiled", "blocked"])
+def test_what_is_looked_up_once_is_of_the_support_and_the_candidates_there_are_now(backend):
+    torch.manual_seed(0)
+    left, right = torch.randn(2, 30, 12).unbind()
+    wanted = left.T @ right
+    supports = [random_support(10, 144) for _ in range(3)]
+    window = GradientWindow(torch.zeros(10))
+    with ops.use_backend(backend):
+        window.observe(left, right, supports[0])
+        for indices in (supports[0], supports[0].copy_(supports[1]), supports[2]):
+            for candidates in (window.candidates, random_support(10, 144)):
+                window.candidates, window.step_gradient = candidates, None
+                for _ in range(2):
+                    found = window.observe(left, right, indices)
+                    torch.testing.assert_close(found, wanted.view(-1)[indices])
+                own = window.step_gradient
+                torch.testing.assert_close(own, 2 * wanted.view(-1)[candidates])
