@@ -49,10 +49,13 @@ def present(cells: Sequence[Cell], out: Path) -> int:
         say(console, f"grids:   not written, as {why}")
         return 1
     try:
-        paths = write(found, suite, out)
-    except OSError as error:
+        others = of_others(found, suite, out)
+        paths = write(pd.concat([others, found], ignore_index=True), suite, out)
+    except (OSError, ValueError) as error:
         say(console, f"the grids cannot be written: {error}")
         return 1
+    if not others.empty:
+        say(console, f"kept from before: {', '.join(others['method'].unique())}")
     say(console, f"grids:   {', '.join(str(path) for path in paths)}")
     return 1 if failed else 0
 
@@ -78,17 +81,35 @@ def unpicked(cells: Sequence[Cell], found: pd.DataFrame, left: Mapping[str, int]
     return lines
 
 
+def of_others(found: pd.DataFrame, suite: Suite, out: Path) -> pd.DataFrame:
+    """The curves that an earlier search of the suite wrote of methods that `found` has not.
+
+    Raises:
+        ValueError: the file that they are in is not like the one to be written in its place.
+    """
+    csv = grid_path(suite, out, "csv")
+    if not csv.exists():
+        return found.head(0)
+    earlier = pd.read_csv(csv)
+    if list(earlier.columns) != list(found.columns):
+        raise ValueError(f"{csv} was written by another version; move it away and search again")
+    return earlier[~earlier["method"].isin(found["method"])]
+
+
+def grid_path(suite: Suite, out: Path, ending: str) -> Path:
+    return out / "grids" / f"{safe_name(suite.name)}.{ending}"
+
+
 def write(found: pd.DataFrame, suite: Suite, out: Path) -> list[Path]:
     """Writes the curves as CSV and Markdown, and as a figure where matplotlib is installed."""
-    stem = safe_name(suite.name)
-    csv, markdown = (out / "grids" / f"{stem}.{ending}" for ending in ("csv", "md"))
+    csv, markdown = (grid_path(suite, out, ending) for ending in ("csv", "md"))
     write_whole(found.to_csv(index=False), csv)
     title = f"# {suite.name}: grids on dev\n\n"
     table = words(found).to_markdown(index=False, disable_numparse=True)
     write_whole(f"{title}{table}\n", markdown)
     if find_spec("matplotlib") is None:
         return [csv, markdown]
-    figure = out / "figures" / f"{stem}-grid.png"
+    figure = out / "figures" / f"{safe_name(suite.name)}-grid.png"
     figure.parent.mkdir(parents=True, exist_ok=True)
     draw(found, suite.name, figure)
     return [csv, markdown, figure]

@@ -268,6 +268,33 @@ def test_search_writes_its_curves(tmp_path, capsys):
     assert search.picks([of for of, _ in trials], tmp_path) == {"lora": Tuning(1e-4)}
 
 
+def test_search_keeps_the_curves_of_methods_that_it_has_none_of(tmp_path, capsys):
+    csv = tmp_path / "grids" / "small.csv"
+    of_lora = [trial(lr, seed, 0.5) for lr in (1e-4, 1e-3) for seed in (0, 1)]
+    assert search.present(grid(tmp_path, *of_lora), tmp_path) == 0
+    assert "kept" not in capsys.readouterr().out
+    before = pd.read_csv(csv)
+    of_full = [trial(1e-5, seed, 0.7, "full") for seed in (0, 1)]
+    assert search.present(grid(tmp_path, *of_full), tmp_path) == 0
+    assert "kept from before: lora" in capsys.readouterr().out
+    curves = pd.read_csv(csv)
+    assert curves["method"].tolist() == ["lora", "lora", "full"]
+    pd.testing.assert_frame_equal(curves.head(2), before)
+    assert "| lora " in csv.with_suffix(".md").read_text()
+    better = [trial(1e-4, seed, 0.9) for seed in (0, 1)]
+    assert search.present(grid(tmp_path, *better), tmp_path) == 0
+    curves = pd.read_csv(csv).set_index("method")["target"]
+    assert curves.to_dict() == {"full": 0.7, "lora": 0.9}
+
+
+def test_search_overwrites_no_curves_of_another_version(tmp_path, capsys):
+    csv = tmp_path / "grids" / "small.csv"
+    record.write_whole("method,lr\nfull,0.1\n", csv)
+    assert search.present(grid(tmp_path, trial(1e-4, 0, 0.5)), tmp_path) == 1
+    assert "small.csv was written by another version" in capsys.readouterr().out
+    assert csv.read_text() == "method,lr\nfull,0.1\n"
+
+
 def test_grids_that_cannot_be_written_are_said(tmp_path, capsys):
     cells = grid(tmp_path, trial(1e-4, 0, 0.5))
     (tmp_path / "grids").write_text("a file in the way")
