@@ -116,13 +116,17 @@ def write(found: pd.DataFrame, suite: Suite, out: Path) -> list[Path]:
 
 
 def draw(found: pd.DataFrame, name: str, path: Path) -> None:
-    """A panel a role: each method's dev score by learning rate, its pick marked with a ring."""
+    """A panel a role: each method's dev score by learning rate, its pick marked with a ring.
+
+    Drawn are the tunings that may be picked: see `curves`.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, len(ROLES), sharex=True)
+    found = found[eligible(found)].sort_values("lr")
     for panel, role in zip(panels, ROLES, strict=True):
-        for method, own in found.sort_values("lr").groupby("method", sort=False):
+        for method, own in found.groupby("method", sort=False):
             errors = own[f"{role}_ci95"].astype(float).fillna(0.0)
             values = own[role].astype(float)
             line = panel.errorbar(own["lr"], values, errors, marker=".", capsize=2, label=method)
@@ -131,7 +135,8 @@ def draw(found: pd.DataFrame, name: str, path: Path) -> None:
                 picked["lr"], picked[role], "o", ms=12, mfc="none", color=line[0].get_color()
             )
         panel.set(xscale="log", xlabel="learning rate", ylabel=f"{role} on dev")
-    panels[0].legend()
+    if not found.empty:
+        panels[0].legend()
     figure.suptitle(f"{name}: mean over seeds, 95 % interval; ring: picked")
     figure.savefig(path, dpi=150)
 
@@ -207,8 +212,9 @@ def pick(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return min(close, key=lambda row: (row["lr"], -row["target"]))
 
 
-def eligible(row: dict[str, Any]) -> bool:
-    return row["num_ok"] == row["num_seeds"]
+def eligible(found: Any) -> Any:
+    """Whether a row is ok with every seed; of a frame, for each of its rows."""
+    return found["num_ok"] == found["num_seeds"]
 
 
 def words(found: pd.DataFrame) -> pd.DataFrame:

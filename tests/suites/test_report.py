@@ -323,6 +323,24 @@ def test_search_picks_no_tuning_that_diverged_with_a_seed(tmp_path, capsys):
     assert search.picks(cells, tmp_path) == {"lora": Tuning(1e-3)}
 
 
+def test_tunings_that_may_not_be_picked_are_not_drawn(tmp_path, monkeypatch):
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    errorbar, drawn = axes.errorbar, []
+
+    def noted(panel, rates, *args, **kwargs):
+        drawn.extend(rates)
+        return errorbar(panel, rates, *args, **kwargs)
+
+    monkeypatch.setattr(axes, "errorbar", noted)
+    trials = [trial(1e-3, 0, 0.5), trial(1e-3, 1, 0.5), trial(1e-2, 0, 0.9), diverged(1e-2, 1)]
+    found = search.curves([each for _, each in trials])
+    search.draw(found, "small", tmp_path / "grid.png")
+    assert drawn == [1e-3, 1e-3]  # in both panels
+    search.draw(found[found["lr"] == 1e-2], "small", tmp_path / "none.png")
+    assert drawn == [1e-3, 1e-3]
+    assert (tmp_path / "none.png").exists()
+
+
 @pytest.mark.parametrize("lack", ["missing", "damaged", "in work", "interrupted"])
 def test_search_picks_nothing_while_a_trial_is_not_done(tmp_path, capsys, lack):
     lora = [trial(lr, 0, 0.5) for lr in (1e-4, 1e-3)]
