@@ -9,6 +9,8 @@ spares even that pass: so products are handed on as such.
 
 from __future__ import annotations
 
+import operator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from spiel.ops.product import Operand, Product
 #: A node of autograd's graph: the operation that made a tensor. None for a tensor without one.
 Node = Any
 
-#: Products, copies in another dtype or on another device, and GELU: what nodes `_remake` knows.
+#: Products, copies in another dtype or on another device, and GELU: what nodes `_factors` knows.
 PRODUCT, COPY, GELU = "MulBackward0", "ToCopyBackward0", "GeluBackward0"
 
 
@@ -33,7 +35,7 @@ def can_remake(x: torch.Tensor) -> bool:
 
 
 def _is_known(node: Node) -> bool:
-    """Whether `node` is one that `_remake` knows, and so is whatever it did not keep itself."""
+    """Whether `node` is one that `_factors` knows, and so is whatever it did not keep itself."""
     if node is None:
         return False
     name = node.name()
@@ -75,11 +77,9 @@ def remade(node: Node) -> Operand:
     if last is not None and last[0] is node:
         return last[1]
     last = _last = None  # before the next is made, not beside it
-    factors = _factors(node)
-    x: Operand | None = Product.of(factors) if factors else None
-    if x is None:
-        with torch.no_grad():
-            x = _remake(node)
+    with torch.no_grad():
+        factors = _factors(node)
+        x = Product.of(factors) or _multiplied(factors)
     _last = node, x
     return x
 
@@ -90,32 +90,26 @@ def forget() -> None:
     _last = None
 
 
-def _factors(node: Node) -> list[torch.Tensor] | None:
-    """What was multiplied with each other from the left, the largest first; None if that is not all
-    kept, or not all that `node` and those before it did.
-    """
-    if node is None or node.name() != PRODUCT:
-        return None
-    sides, saved = [], (node._saved_self, node._saved_other)
-    for kept, (made_by, _) in zip(saved, node.next_functions, strict=True):
-        side = _factors(made_by) if kept is None else [kept.detach()]
-        if side is None:
-            return None
-        sides.append(side)
+def _factors(node: Node) -> list[torch.Tensor]:
+    """What `node` made, as factors to be multiplied from the left, the largest first."""
+    if node.name() != PRODUCT:
+        return [_remake(node)]
+    saved = node._saved_self, node._saved_other
+    sides = [
+        _factors(made_by) if kept is None else [kept.detach()]
+        for kept, (made_by, _) in zip(saved, node.next_functions, strict=True)
+    ]
     first, second = sorted(sides, key=lambda side: (len(side), side[0].numel()), reverse=True)
-    return first + second if len(second) == 1 else None
+    return [*first, _multiplied(second)]
+
+
+def _multiplied(factors: list[torch.Tensor]) -> torch.Tensor:
+    return reduce(operator.mul, factors)
 
 
 def _remake(node: Node) -> torch.Tensor:
-    name = node.name()
-    if name == GELU:
+    """What `node`, a copy or a GELU, made."""
+    if node.name() == GELU:
         return F.gelu(node._saved_self, approximate=node._saved_approximate)
-    if name == COPY:
-        out = node._input_metadata[0]  # what goes in backward came out forward
-        return _remake(node.next_functions[0][0]).to(out.device, out.dtype)
-    saved = node._saved_self, node._saved_other
-    left, right = (
-        _remake(made_by) if factor is None else factor
-        for factor, (made_by, _) in zip(saved, node.next_functions, strict=True)
-    )
-    return left * right
+    out = node._input_metadata[0]  # what goes in backward came out forward
+    return _multiplied(_factors(node.next_functions[0][0])).to(out.device, out.dtype)

@@ -27,7 +27,8 @@ class Product:
     @classmethod
     def of(cls, factors: Sequence[torch.Tensor]) -> Product | None:
         """Of factors as they stand in a model: the first one [..., n], to which the others are
-        broadcast. None if their product has another shape or dtype, or they are of other kinds.
+        broadcast. None if there are no others, if the product has another shape or dtype, or if
+        they are of other kinds.
         """
         one, *others = factors
         *leading, n = one.shape
@@ -36,7 +37,8 @@ class Product:
             (*leading, 1): ("tokens", (-1, 1)),
             (*leading, n): ("entries", (-1, n)),
         }
-        if not all(other.shape in known and other.dtype == one.dtype for other in others):
+        is_known = [other.shape in known and other.dtype == one.dtype for other in others]
+        if not is_known or not all(is_known):
             return None
         kinds, shapes = zip(*(known[other.shape] for other in others), strict=True)
         reshaped = [other.reshape(shape) for other, shape in zip(others, shapes, strict=True)]
