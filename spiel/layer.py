@@ -131,10 +131,9 @@ class SpielLinear(DeltaLayer):
         indices, observer = self.spiel_indices[adapter], self.observers.get(adapter)
         if observer is not None:
             return observer.observe(left, right, indices)
-        gradient = self._gradients.get(adapter)
-        if gradient is None or not gradient.is_of(indices):
-            gradient = self._gradients[adapter] = ops.SupportGradients(indices)
-        return gradient(left, right)[0]
+        gradients = ops.SupportGradients.renewed(self._gradients.get(adapter), indices)
+        self._gradients[adapter] = gradients
+        return gradients(left, right)[0]
 
     # -- moving, copying, saving ------------------------------------------------------------
 

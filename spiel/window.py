@@ -66,8 +66,8 @@ class GradientWindow:
         """
         may_choose = self._may_choose(self)
         if self.candidates is not None:
-            if self._gradients is None or not self._gradients.is_of(indices, self.candidates):
-                self._gradients = SupportGradients(indices, self.candidates)
+            supports = indices, self.candidates
+            self._gradients = SupportGradients.renewed(self._gradients, *supports)
             active, own = self._gradients(left_TR, right_TC)
             self.step_gradient = own if self.step_gradient is None else self.step_gradient.add_(own)
         elif may_choose:

@@ -99,7 +99,7 @@ class SupportGradients:
 
     Between large products whatever has to be looked up is far from the cache, so what follows from
     the supports alone is looked up once: the backend, and how that divides its work. So this holds
-    as long as nobody writes into them: see `is_of`.
+    as long as nobody writes into them: see `renewed`.
     """
 
     def __init__(self, *supports: torch.Tensor) -> None:
@@ -108,11 +108,14 @@ class SupportGradients:
         self._k = sum(map(len, supports))
         self._asked: tuple[str | None, torch.dtype] | None = None
 
-    def is_of(self, *supports: torch.Tensor) -> bool:
-        """Whether these are its supports, none of which was written into since."""
-        return all(map(operator.is_, supports, self._supports)) and self._versions == [
-            version_of(support) for support in supports
-        ]
+    @classmethod
+    def renewed(cls, kept: SupportGradients | None, *supports: torch.Tensor) -> SupportGradients:
+        """`kept`, if it is of these supports and none was written into since; else a new one."""
+        return kept if kept is not None and kept._is_of(supports) else cls(*supports)
+
+    def _is_of(self, supports: Sequence[torch.Tensor]) -> bool:
+        are_same = all(map(operator.is_, supports, self._supports))
+        return are_same and self._versions == [version_of(support) for support in supports]
 
     def __call__(self, left_TR: torch.Tensor, right_TC: Operand) -> list[torch.Tensor]:
         """For each support those entries of left.T @ right, in fp32.
