@@ -1,8 +1,8 @@
 """Child processes, so that what kills one leaves the others and the run alone.
 
 A server process imports the libraries once and is forked for every child (`forkserver`), which
-saves each of them the imports; it computes nothing itself, so no thread or CUDA context is
-inherited. Where the platform has no forkserver, children are spawned.
+saves each of them the imports (see `suites.libraries`); it computes nothing itself, so no thread
+or CUDA context is inherited. Where the platform has no forkserver, children are spawned.
 """
 
 from __future__ import annotations

@@ -23,18 +23,33 @@ class Rank:
         """Whether this is the rank that evaluates and writes the record."""
         return self.index == 0
 
+    def show_gpus(self, wanted: str | None) -> None:
+        """Hides all GPUs but those of the ranks, which are cuda:0, cuda:1, ... from then on: the
+        Trainer of one process would spread over all.
+
+        This has to come before the process asks CUDA for anything, as it does when it imports
+        bitsandbytes. `wanted` as for `join`.
+        """
+        if wanted == "cpu":
+            return
+        first, visible = first_gpu(wanted), os.environ.get("CUDA_VISIBLE_DEVICES")
+        shown = range(first, first + self.num_ranks)
+        if visible is not None:
+            shown = visible.split(",")[first : first + self.num_ranks]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, shown))
+
     def join(self, wanted: str | None) -> str:
-        """The device this rank trains on; lets accelerate find the other ranks.
+        """The device this rank trains on, of those that `show_gpus` left; lets accelerate find the
+        other ranks.
 
         `wanted` is "cpu", "cuda:N" for the first rank's, or None for a GPU where there is one.
         Raises ValueError for a device that there is not.
         """
-        if wanted != "cpu":
-            _show_gpus(int((wanted or "cuda:0").partition(":")[2]), self.num_ranks)
         import torch
 
-        device = f"cuda:{self.index}" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
-        check_device(wanted, self.num_ranks)
+        device = f"cuda:{self.index}" if has_gpu(wanted) else "cpu"
+        if device == "cpu" and wanted not in (None, "cpu"):
+            raise ValueError(f"the device {wanted!r} is not here: torch sees no such GPU")
         if self.num_ranks > 1:
             values = (self.index, self.index, self.num_ranks, self.num_ranks, HOST, self.port)
             os.environ.update(zip(VARIABLES, map(str, values), strict=True))
@@ -70,11 +85,18 @@ def check_device(wanted: str | None, num_ranks: int) -> None:
     """Raises ValueError unless every rank has a GPU of its own, where GPUs are to be used."""
     import torch
 
-    num_gpus = torch.cuda.device_count()
-    if wanted is not None and wanted != "cpu" and not num_gpus:
-        raise ValueError(f"--device: {wanted!r} is not here, torch sees no GPU; allowed: cpu")
-    if wanted != "cpu" and 0 < num_gpus < num_ranks:
-        raise ValueError(f"--processes: {num_ranks} need a GPU each, torch sees {num_gpus}")
+    num_gpus, first = torch.cuda.device_count(), first_gpu(wanted)
+    if wanted not in (None, "cpu") and first >= num_gpus:
+        seen = f"GPUs 0 to {num_gpus - 1}" if num_gpus else "no GPU"
+        raise ValueError(f"--device: {wanted!r} is not here, torch sees {seen}; cpu is allowed too")
+    if wanted != "cpu" and 0 < num_gpus < first + num_ranks:
+        after = f" from {wanted} on" if first else ""
+        raise ValueError(f"--processes: {num_ranks} need a GPU each{after}, torch sees {num_gpus}")
+
+
+def first_gpu(wanted: str | None) -> int:
+    """The GPU of the first rank where `wanted` is "cuda:N", or None for what there is."""
+    return int((wanted or "").partition(":")[2] or 0)
 
 
 def has_gpu(wanted: str | None) -> bool:
@@ -97,13 +119,3 @@ def share(batch_size: int, accumulation: int, num_ranks: int) -> tuple[int, int]
         f"--processes: {num_ranks} cannot share a batch of {batch_size} that is accumulated "
         f"{accumulation} times; allowed: a divisor of one of the two"
     )
-
-
-def _show_gpus(first: int, num: int) -> None:
-    """Hides all GPUs but those of the ranks: the Trainer of one process would spread over all.
-
-    This has to come before the process asks CUDA for anything.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    shown = visible.split(",")[first : first + num] if visible else range(first, first + num)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, shown))

@@ -1,5 +1,8 @@
 """Imports what every cell needs sooner or later, for the server process of `children`.
 
+Where there is a GPU that is torch alone: bitsandbytes, which peft imports, asks CUDA about it, and
+in a process that is forked after that CUDA does not work. torch counts GPUs without asking CUDA.
+
 Importing makes some million objects and hardly any garbage, among which the garbage collector
 looks over and over: it is off meanwhile, which saves a fifth of the time. Afterwards it leaves
 these objects alone for good, here and in the processes forked from here, whose own collections are
@@ -11,7 +14,7 @@ import gc
 from contextlib import suppress
 from importlib import import_module
 
-#: None of it may start threads or touch a GPU.
+#: None of it may start threads.
 LIBRARIES = (
     "suites.cell",
     "transformers.models.llama.modeling_llama",
@@ -22,7 +25,8 @@ LIBRARIES = (
 )
 
 gc.disable()
-for name in LIBRARIES:
+torch = import_module("torch")
+for name in LIBRARIES if torch.cuda.device_count() == 0 else ():
     with suppress(ImportError):  # who needs it will say what is missing
         import_module(name)
 gc.freeze()

@@ -9,10 +9,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from suites import runner
-from suites.distributed import check_device, share
+from suites.distributed import check_device, first_gpu, has_gpu, share
 from suites.estimate import Estimate, earlier_records, estimate, seconds
 from suites.hub import MISSING, missing_from_hub
 from suites.notes import UNMATCHED
@@ -124,8 +123,9 @@ def _solved(cell: Cell, found: Estimate) -> dict[str, str]:
 
 def _here(device: str | None, num_processes: int) -> Environment:
     """This machine, as the records of cells run now would describe it."""
-    device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    here = environment(device, num_processes)
+    first = first_gpu(device)
+    device = "cuda:0" if has_gpu(device) else "cpu"
+    here = environment(device, num_processes, first)
     if device == "cpu" and num_processes > 1:
         here = dataclasses.replace(here, num_threads=max(1, here.num_threads // num_processes))
     return here

@@ -49,13 +49,15 @@ class Environment:
         return f"{self.cpu}, {self.num_threads} threads, {gpus}, on {self.device}{several}"
 
 
-def environment(device: str, num_processes: int = 1) -> Environment:
-    """Looks at this process, which trains on `device`, one of `num_processes`."""
+def environment(device: str, num_processes: int = 1, first_gpu: int = 0) -> Environment:
+    """Looks at this process, which trains on `device`, one of `num_processes`; their GPUs, where
+    they have any, are those that torch counts from `first_gpu` on.
+    """
     import torch
 
     revision = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no")
-    num_gpus = torch.cuda.device_count() if device.startswith("cuda") else 0
+    num_gpus = num_processes if device.startswith("cuda") else 0
     return Environment(
         git_revision=revision,
         git_dirty=None if revision is None or changes is None else bool(changes),
@@ -65,7 +67,7 @@ def environment(device: str, num_processes: int = 1) -> Environment:
         cpu=cpu_name(),
         num_cpus=os.cpu_count() or 0,
         num_threads=torch.get_num_threads(),
-        gpus=tuple(torch.cuda.get_device_name(index) for index in range(num_gpus)),
+        gpus=tuple(torch.cuda.get_device_name(first_gpu + index) for index in range(num_gpus)),
         device=device,
         num_processes=num_processes,
     )

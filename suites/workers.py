@@ -33,6 +33,7 @@ def run_cell(
     """
     log = cell.log_path(out)
     _begin(log if rank.is_main else log.with_suffix(f".{rank.index}.log"))
+    rank.show_gpus(cell.suite.device)
     with _only_worker(cell, out, way, rank) as obstacle:
         if obstacle:
             connection.send(Skipped(obstacle))

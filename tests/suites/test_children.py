@@ -1,9 +1,22 @@
 """Child processes are forked from one that has loaded the libraries, once and for all of them."""
 
 import gc
+import pickle
+import subprocess
 import sys
 
-from suites import children
+from suites import children, record
+from suites.distributed import Rank
+from suites.plan import Execution
+from tests.suites.arena import cell, small_suite
+
+#: A process in which torch counts one GPU, and remembers which GPUs are shown when CUDA is asked.
+ON_A_GPU = """
+import os, pickle, sys, torch
+asked = []
+torch.cuda.device_count = lambda: 1
+torch.cuda.is_available = lambda: bool(asked.append(os.environ.get("CUDA_VISIBLE_DEVICES")))
+"""
 
 
 def look(connection):
@@ -18,3 +31,32 @@ def test_a_child_has_the_libraries_and_does_not_look_for_garbage_among_them(tmp_
     chosen = children.context(tmp_path / "libraries.log")
     assert children.run_child(chosen, look, [()], heard.append) == 0
     assert heard == [[], (True, True)]
+
+
+def on_a_gpu(script, given=b""):
+    code = [sys.executable, "-c", ON_A_GPU + script]
+    done = subprocess.run(code, input=given, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+def test_before_children_are_forked_nobody_asks_cuda():
+    """Whose CUDA would not work: bitsandbytes asks, where it is installed."""
+    script = "import suites.libraries; print(asked, 'peft' in sys.modules)"
+    assert on_a_gpu(script) == "[] False\n"
+    assert "[None" in on_a_gpu("import peft; print(asked)")  # so this would be seen
+
+
+def test_a_cell_sees_its_own_gpus_alone_from_the_first_time_that_cuda_is_asked(tmp_path):
+    of = cell("lora", suite=small_suite(device="cuda:5"))
+    arguments = pickle.dumps((of, None, tmp_path, Execution(num_processes=2), Rank(0, 2)))
+    script = """
+from multiprocessing import Pipe
+from suites import workers
+kept, pipe = os.dup(1), Pipe()
+workers.run_cell(*pickle.load(sys.stdin.buffer), pipe[1])
+os.write(kept, repr(set(asked)).encode())
+"""
+    assert on_a_gpu(script, arguments) == "{'5,6'}"
+    found = record.read(of.record_path(tmp_path))
+    assert found.reason.endswith("'cuda:5' is not here: torch sees no such GPU")

@@ -1,12 +1,15 @@
 """A cell on several processes: the same batches, losses and scores as on one."""
 
+import os
+
 import numpy as np
 import pytest
 
 from suites import distributed, record, run, runner
-from suites.distributed import share
+from suites.distributed import Rank, share
 from suites.plan import Execution
 from suites.progress import LineProgress
+from suites.provenance import environment
 from suites.suite import Recipe
 from tests.suites.arena import cell, small_suite
 
@@ -83,12 +86,35 @@ def test_gpus_that_there_are_not(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="3 need a GPU each, torch sees 2"):
         distributed.check_device(None, 3)
+    with pytest.raises(ValueError, match="2 need a GPU each from cuda:1 on, torch sees 2"):
+        distributed.check_device("cuda:1", 2)
+    with pytest.raises(ValueError, match="'cuda:2' is not here, torch sees GPUs 0 to 1"):
+        distributed.check_device("cuda:2", 1)
+    distributed.check_device("cuda:1", 1)
 
 
 def test_each_rank_has_its_own_gpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    distributed._show_gpus(1, 2)
-    assert distributed.os.environ["CUDA_VISIBLE_DEVICES"] == "5,6"
+    Rank(0, 2).show_gpus("cuda:1")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5,6"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    distributed._show_gpus(3, 1)
-    assert distributed.os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    Rank().show_gpus("cuda:3")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # none is to be seen
+    Rank().show_gpus(None)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_plan_describes_the_gpus_as_records_will(monkeypatch):
+    import torch
+
+    from suites.preview import _here
+
+    names = ["A", "B", "C", "C"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
+    planned = _here("cuda:2", 2)
+    del names[:2]  # as a child sees them
+    assert planned == environment("cuda:0", 2)
+    assert planned.gpus == ("C", "C")
