@@ -23,6 +23,10 @@ WORKSPACE_BYTES = 64 * 2**20
 #: value, its magnitude, a mask, and an int64 position for each entry that passes the mask.
 _BYTES_PER_ENTRY = 4 + 4 + 1 + 8
 
+#: Only operands at addresses of whole 16 bytes are read by the fast dense products of GPUs, whose
+#: tiles have so many rows.
+ROWS_MULTIPLE = 128
+
 #: One rank in so many is sampled (a prime, so that no column of common sizes is left out; so many
 #: that most lines of the cache are passed over), and so many more than wanted are let through, lest
 #: the sample's noise leave too few.
@@ -39,8 +43,13 @@ Best = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def row_blocks(rows: int, cols: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows (start, stop) whose blocks fit the workspace."""
+    """Ranges of rows (start, stop) whose blocks fit the workspace.
+
+    They start at multiples of ROWS_MULTIPLE, if so many fit.
+    """
     height = max(1, WORKSPACE_BYTES // (_BYTES_PER_ENTRY * cols))
+    if height > ROWS_MULTIPLE:
+        height -= height % ROWS_MULTIPLE
     for start in range(0, rows, height):
         yield start, min(start + height, rows)
 

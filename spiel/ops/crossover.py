@@ -1,11 +1,12 @@
 """On a GPU, up to which density of wanted entries the sampled kernel beats the dense product.
 
-Measured once for each GPU, dtype and version of torch and triton, on one standard shape, and kept
-in the user's cache folder.
+Measured once for each GPU, dtype and version of torch, triton and this code, on one standard shape,
+and kept in the user's cache folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -96,7 +97,15 @@ def machine_key(device: torch.device, dtype: torch.dtype) -> str:
     import triton
 
     name, dtype_name = torch.cuda.get_device_name(device), str(dtype).removeprefix("torch.")
-    return f"{name}, {dtype_name}, torch {torch.__version__}, triton {triton.__version__}"
+    versions = f"torch {torch.__version__}, triton {triton.__version__}, code {_code()}"
+    return f"{name}, {dtype_name}, {versions}"
+
+
+def _code() -> str:
+    """Eight digits that change with the code of the two that are compared."""
+    folder = Path(__file__).parent
+    sources = [(folder / name).read_bytes() for name in ("triton_kernels.py", "blocked.py")]
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:8]
 
 
 def _measured_and_saved(device: torch.device, dtype: torch.dtype, key: str) -> float:

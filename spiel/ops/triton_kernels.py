@@ -38,7 +38,7 @@ def _transpose_kernel(  # type: ignore[no-untyped-def]
     tl.store(target, tile, mask=(token_B1 < padded) & (n_1B < num))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])  # one program for layers with any number of entries
 def _sampled_kernel(  # type: ignore[no-untyped-def]
     left_ptr,  # [rows, tokens]
     right_ptr,  # [cols, tokens]
@@ -65,11 +65,11 @@ def _sampled_kernel(  # type: ignore[no-untyped-def]
         token_1T = (start + tl.arange(0, BLOCK_T))[None, :]
         left_ET = tl.load(left_E1 + token_1T, mask=token_1T < tokens, other=0.0)
         right_ET = tl.load(right_E1 + token_1T, mask=token_1T < tokens, other=0.0)
-        sums_ET += left_ET.to(tl.float32) * right_ET.to(tl.float32)
+        sums_ET = tl.fma(left_ET.to(tl.float32), right_ET.to(tl.float32), sums_ET)
     tl.store(values_ptr + entry, tl.sum(sums_ET, axis=1), mask=entry < k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _write_kernel(  # type: ignore[no-untyped-def]
     weight_ptr,  # [rows, cols], strided
     indices_ptr,  # [k]

@@ -190,6 +190,7 @@ def test_no_block_is_larger_than_the_workspace():
         assert blocks[-1][1] == rows
         tallest = max(stop - start for start, stop in blocks)
         assert tallest * cols * 17 <= blocked.WORKSPACE_BYTES
+        assert all(start % 128 == 0 for start, _ in blocks)  # addresses of whole 16 bytes
 
 
 def test_an_unknown_backend_is_refused():
