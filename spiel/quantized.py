@@ -75,6 +75,7 @@ class SpielLinear4bit(SpielLinear):
             LiveEntries(dense, {name: self.spiel_indices[name]}).write(self.spiel_deltas)
         return dense
 
+    @torch.compiler.disable  # as in the base class
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapters, deltas = self._prepared or self.prepare()
         if not adapters:

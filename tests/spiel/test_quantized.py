@@ -141,6 +141,16 @@ def test_it_trains_with_reselection_and_is_saved_and_loaded(tmp_path):
     torch.testing.assert_close(loaded.eval()(x), model.eval()(x))
 
 
+def test_a_compiled_model_computes_what_it_does_without():
+    model, deltas = adapted(quantized())
+    gradients = []
+    for forward in (model, torch.compile(model, backend="aot_eager")):
+        forward(torch.ones(5, 64)).square().sum().backward()
+        gradients.append(deltas.grad)
+        deltas.grad = None
+    torch.testing.assert_close(*gradients)
+
+
 def test_density_counts_the_weights_that_packed_bytes_stand_for():
     config = spiel.SpielConfig(density=0.1, target_modules=["0"])
     model = peft.get_peft_model(quantized(bias=False), config)
