@@ -42,7 +42,6 @@ def adapted(
     name: str,
     model: torch.nn.Module,
     config: PeftConfig,
-    callbacks: Sequence[TrainerCallback] = (),
     in_fp32: bool = True,
 ) -> AdamWContestant:
     """`model` with the adapter that `config` describes; the adapter's weights are trained.
@@ -53,12 +52,9 @@ def adapted(
     message says `name`, whatever peft says where there is no quantisation.
     """
     if not is_quantised(model):
-        return AdamWContestant(
-            get_peft_model(model, config, autocast_adapter_dtype=in_fp32), callbacks
-        )
+        return AdamWContestant(get_peft_model(model, config, autocast_adapter_dtype=in_fp32))
     try:
-        peft_model = get_peft_model(model, config, autocast_adapter_dtype=in_fp32)
-        contestant = AdamWContestant(peft_model, callbacks)
+        contestant = AdamWContestant(get_peft_model(model, config, autocast_adapter_dtype=in_fp32))
         rehearse(contestant)
     except torch.OutOfMemoryError:
         raise
