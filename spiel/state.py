@@ -13,12 +13,9 @@ STATE_DTYPES = ("float32", "bfloat16", "8bit")
 BLOCK = 256
 
 
-def check_state_dtype(name: str) -> str:
-    """Returns `name`.
-
-    Raises:
-        ValueError: it is none of STATE_DTYPES.
-        ImportError: it is "8bit" and bitsandbytes is not installed.
+def check_state_dtype(name: str) -> None:
+    """Raises ValueError if it is none of STATE_DTYPES, ImportError if it is "8bit" and bitsandbytes
+    is not installed.
     """
     if name not in STATE_DTYPES:
         raise ValueError(f"state_dtype {name!r} must be one of {', '.join(STATE_DTYPES)}")
@@ -28,7 +25,6 @@ def check_state_dtype(name: str) -> str:
         except ImportError as error:
             message = "state_dtype '8bit' needs bitsandbytes: pip install bitsandbytes"
             raise ImportError(message) from error
-    return name
 
 
 def fetch(state: dict[str, Any], name: str, dtype: str) -> torch.Tensor:
