@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -205,12 +205,11 @@ class _SlowPlaces:
 class Collator:
     """Examples -> one batch, padded to its longest.
 
-    Padding is never learnt nor attended to. On the right positions count from the first token;
-    on the left, for models that take positions as absolute, they would not.
+    Padding is never learnt nor attended to. It is on the right, so that positions count from the
+    first token also for models that take them as absolute.
     """
 
     pad_token_id: int
-    padding_side: Literal["right", "left"] = "right"
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase | None) -> Collator:
@@ -224,10 +223,7 @@ class Collator:
         longest = max(len(example["input_ids"]) for example in examples)
 
         def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
-            pads = [[filler] * (longest - len(row)) for row in rows]
-            if self.padding_side == "left":
-                return torch.tensor([pad + row for pad, row in zip(pads, rows, strict=True)])
-            return torch.tensor([row + pad for pad, row in zip(pads, rows, strict=True)])
+            return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
 
         ids = [example["input_ids"] for example in examples]
         return {

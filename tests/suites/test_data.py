@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import ByT5Tokenizer
 
 from suites.data import IGNORED, Collator, load_examples
 from suites.embedded_base import make_tokenizer
@@ -110,32 +110,13 @@ def test_plain_data_may_replace_data_with_templates(write, tokenizer):
     assert example["input_ids"] == [BOS, WHO, ME, EOS]
 
 
-def test_collator_pads_on_either_side(write, tokenizer):
+def test_collator_pads_on_the_right(write, tokenizer):
     examples = load_examples(DataSource(write(row("who", " me"), row("who is", " it"))), tokenizer)
-    right, left = Collator(PAD)(examples), Collator(PAD, "left")(examples)
-    assert right["input_ids"].tolist() == [[BOS, WHO, ME, EOS, PAD], [BOS, WHO, IS, IT, EOS]]
-    assert right["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1] * 5]
-    assert right["labels"].tolist() == [[N, N, ME, EOS, N], [N, N, N, IT, EOS]]
-    assert left["input_ids"].tolist() == [[PAD, BOS, WHO, ME, EOS], [BOS, WHO, IS, IT, EOS]]
-    assert left["attention_mask"].tolist() == [[0, 1, 1, 1, 1], [1] * 5]
-    assert left["labels"].tolist() == [[N, N, N, ME, EOS], [N, N, N, IT, EOS]]
-    assert {tensor.dtype for tensor in right.values()} == {torch.int64}
-
-
-def test_the_side_of_the_padding_does_not_change_the_loss(write, tokenizer):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=9,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        pad_token_id=PAD,
-    )
-    model = LlamaForCausalLM(config)
-    examples = load_examples(DataSource(write(row("who", " me"), row("who is", " it"))), tokenizer)
-    losses = [model(**Collator(PAD, side)(examples)).loss.item() for side in ("right", "left")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    batch = Collator(PAD)(examples)
+    assert batch["input_ids"].tolist() == [[BOS, WHO, ME, EOS, PAD], [BOS, WHO, IS, IT, EOS]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1] * 5]
+    assert batch["labels"].tolist() == [[N, N, ME, EOS, N], [N, N, N, IT, EOS]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
 def test_eos_is_learnt_where_it_also_pads(write):
