@@ -58,8 +58,6 @@ class Examples(Sequence[Example]):
     #: Rows in which nothing was to be learnt, as it lay beyond max_length or was never there, and
     #: rows of more than max_characters.
     num_dropped: int
-    #: Rows that were cut at max_length and kept.
-    num_truncated: int
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -68,14 +66,6 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return [tokens.example() for tokens in self.tokens[index]]
         return self.tokens[index].example()
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(tokens.ids) for tokens in self.tokens)
-
-    @property
-    def num_target_tokens(self) -> int:
-        return sum(end - start for tokens in self.tokens for start, end in tokens.targets)
 
 
 def load_examples(
@@ -94,13 +84,12 @@ def load_examples(
     found = texts(read_rows(source), source, tokenizer)
     limit = source.max_characters
     short = [text for text in found if limit is None or len(text.text) <= limit]
-    kept, num_truncated, longest = [], 0, 0
+    kept, longest = [], 0
     for tokens in tokenise(short, tokenizer):
         longest = max(longest, len(tokens.ids))
         cut = tokens.cut(source.max_length)
         if cut.targets:
             kept.append(cut)
-            num_truncated += len(tokens.ids) > source.max_length
     if not kept:
         why = "none has anything to learn"
         if longest > source.max_length:
@@ -109,7 +98,7 @@ def load_examples(
             f"{source.path}: all {len(found)} rows are dropped: {why}; "
             f"the longest has {longest} tokens"
         )
-    return Examples(tuple(kept), len(found) - len(kept), num_truncated)
+    return Examples(tuple(kept), len(found) - len(kept))
 
 
 def random_examples(source: DataSource, vocab_size: int | None) -> Examples:
@@ -119,7 +108,7 @@ def random_examples(source: DataSource, vocab_size: int | None) -> Examples:
     ids = np.random.default_rng(source.choice_seed).integers(
         vocab_size, size=(source.num_examples, source.max_length), dtype=np.int32
     )
-    return Examples(tuple(Tokens(row, ((0, source.max_length),)) for row in ids), 0, 0)
+    return Examples(tuple(Tokens(row, ((0, source.max_length),)) for row in ids), 0)
 
 
 def tokenise(found: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:

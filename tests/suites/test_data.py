@@ -48,8 +48,7 @@ def test_prompt_is_masked_and_eos_learnt(write, tokenizer):
         {"input_ids": [BOS, WHO, IS, IT, ME, EOS], "labels": [N, N, N, N, ME, EOS]},
         {"input_ids": [BOS, WHO, IT, IS, YOU, EOS], "labels": [N, N, IT, IS, YOU, EOS]},
     ]
-    assert (examples.num_dropped, examples.num_truncated) == (0, 0)
-    assert (examples.num_tokens, examples.num_target_tokens) == (12, 6)
+    assert examples.num_dropped == 0
 
 
 def test_a_prompt_is_learnt_if_asked_for(write, tokenizer):
@@ -76,7 +75,7 @@ def test_truncation_drops_what_has_no_target_left(write, tokenizer):
         {"input_ids": [BOS, WHO, IT, IS], "labels": [N, N, IT, IS]},
         {"input_ids": [BOS, WHO, ME, EOS], "labels": [N, N, ME, EOS]},
     ]
-    assert (examples.num_dropped, examples.num_truncated) == (1, 1)
+    assert examples.num_dropped == 1
 
 
 def test_rows_without_a_target_and_too_long_ones_are_dropped_and_counted(write, tokenizer):
@@ -228,7 +227,7 @@ def test_random_tokens_are_the_same_for_the_same_source():
     examples = load_examples(source, None, vocab_size=10)
     assert list(examples) == list(load_examples(source, None, vocab_size=10))
     assert all(example["labels"] == example["input_ids"] for example in examples)
-    assert examples.num_target_tokens == 18
+    assert [len(example["input_ids"]) for example in examples] == [6, 6, 6]
     with pytest.raises(ValueError, match="random tokens need num_examples"):
         DataSource("{random tokens}")
 
@@ -239,6 +238,5 @@ def test_long_data_load_at_a_million_tokens_in_seconds(tmp_path):
     path = hub_files.write_jsonl(tmp_path / "long.jsonl", [row("ask", text)] * 500)
     started = time.monotonic()
     examples = load_examples(DataSource(str(path)), hub_files.byte_tokenizer())
-    assert examples.num_tokens == 500 * (5 + 2000)
     assert time.monotonic() - started < 10
-    assert examples.tokens[0].ids.nbytes == 4 * 2005
+    assert [tokens.ids.nbytes for tokens in examples.tokens] == [4 * (5 + 2000)] * 500
