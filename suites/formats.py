@@ -15,17 +15,6 @@ if TYPE_CHECKING:
     from suites.rows import Rows
     from suites.sources import DataSource
 
-#: The format of Tulu's models (github.com/allenai/open-instruct), for tokenizers without a chat
-#: template of their own. A BOS comes from the tokenizer.
-TULU_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\n' + message['content'].strip() }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% if not loop.last or message['role'] != 'assistant' %}{{ '\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-
 #: Stands for a message's content where that content is looked for; in no text.
 MARK = "\x00\x01\x00"
 
@@ -194,11 +183,9 @@ def _messages(row: Mapping[str, Any], column: str, where: str) -> list[dict[str,
 
 
 def _renderer(tokenizer: PreTrainedTokenizerBase) -> Render:
-    template = None if tokenizer.chat_template else TULU_TEMPLATE
-
     def render(messages: Sequence[Mapping[str, str]], header: bool) -> str:
         return tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=False, add_generation_prompt=header
+            list(messages), tokenize=False, add_generation_prompt=header
         )
 
     return render

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from suites.formats import TULU_TEMPLATE
 from suites.hub import whereabouts
 from suites.shapes import SHAPES
 
@@ -13,6 +12,17 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from suites.sources import ModelSource
+
+#: The format of Tulu's models (github.com/allenai/open-instruct), for tokenizers without a chat
+#: template of their own. A BOS comes from the tokenizer.
+TULU_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'].strip() }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% if not loop.last or message['role'] != 'assistant' %}{{ '\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 
 
 def load_model(source: ModelSource, device: str) -> PreTrainedModel:

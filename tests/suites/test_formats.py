@@ -3,7 +3,7 @@
 import pytest
 
 from suites.data import IGNORED, load_examples
-from suites.formats import TULU_TEMPLATE
+from suites.models import TULU_TEMPLATE
 from suites.suite import DataSource
 from tests.suites.hub_files import byte_tokenizer, write_jsonl
 
@@ -58,7 +58,7 @@ def hidden(whole: str, learnt: list[str]) -> str:
     ("template", "turns", "whole", "learnt"),
     [
         (
-            None,
+            TULU_TEMPLATE,
             TURNS,
             "<s><|system|>\nBe brief.\n<|user|>\nOne?\n<|assistant|>\nTwo.</s>\n"
             "<|user|>\nThree?\n<|assistant|>\nFour.</s>",
@@ -100,7 +100,7 @@ def test_the_assistants_turns_are_learnt(tmp_path, template, turns, whole, learn
 
 def test_masks_by_hand(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bé"}]
-    tokenizer, (example,) = load(tmp_path, None, {"messages": turns})
+    tokenizer, (example,) = load(tmp_path, TULU_TEMPLATE, {"messages": turns})
     head = len("<|user|>\na\n<|assistant|>\n")
     answer = tokenizer.convert_tokens_to_ids(["b", "Ã", "©", "</s>"])
     assert example["labels"] == [IGNORED] * (1 + head) + answer
@@ -111,7 +111,9 @@ def test_a_conversation_is_cut_and_may_be_left_without_a_target(tmp_path):
     short = {"messages": TURNS[1:3]}
     long = {"messages": [{"role": "user", "content": "x" * 90}, TURNS[2]]}
     none = {"messages": TURNS[:2]}
-    _, examples = load(tmp_path, None, short, long, none, {"messages": TURNS}, max_length=60)
+    _, examples = load(
+        tmp_path, TULU_TEMPLATE, short, long, none, {"messages": TURNS}, max_length=60
+    )
     assert len(examples) == 2
     assert examples.num_dropped == 2
     assert len(examples[1]["labels"]) == 60
@@ -119,13 +121,13 @@ def test_a_conversation_is_cut_and_may_be_left_without_a_target(tmp_path):
 
 def test_the_column_may_have_another_name(tmp_path):
     rows = {"chat": TURNS, "id": "1"}
-    _, (example,) = load(tmp_path, None, rows, messages="chat")
+    _, (example,) = load(tmp_path, TULU_TEMPLATE, rows, messages="chat")
     num_learnt = len(example["labels"]) - example["labels"].count(IGNORED)
     assert num_learnt == len("Two.Four.") + 2
 
 
 def test_the_whole_conversation_is_learnt_if_asked_for(tmp_path):
-    _, (example,) = load(tmp_path, None, {"messages": TURNS}, mask_prompt=False)
+    _, (example,) = load(tmp_path, TULU_TEMPLATE, {"messages": TURNS}, mask_prompt=False)
     assert example["labels"] == [IGNORED, *example["input_ids"][1:]]
 
 
@@ -140,7 +142,7 @@ def test_the_whole_conversation_is_learnt_if_asked_for(tmp_path):
 )
 def test_a_bad_conversation_is_named(tmp_path, messages, message):
     with pytest.raises(ValueError, match=message):
-        load(tmp_path, None, {"messages": TURNS}, {"messages": messages})
+        load(tmp_path, TULU_TEMPLATE, {"messages": TURNS}, {"messages": messages})
 
 
 def test_what_a_template_refuses_is_named(tmp_path):

@@ -5,8 +5,7 @@ import time
 import pytest
 import torch
 
-from suites.formats import TULU_TEMPLATE
-from suites.models import load_model, load_tokenizer
+from suites.models import TULU_TEMPLATE, load_model, load_tokenizer
 from suites.shapes import SHAPES
 from suites.sources import ModelSource
 from tests.suites import hub_files
