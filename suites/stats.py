@@ -30,8 +30,8 @@ class Estimate:
     standard_error: float | None = None
 
 
-def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Mean and interval by Student's t, which takes the values as a sample of a normal.
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and 95 % interval by Student's t, which takes the values as a sample of a normal.
 
     One value has no interval. Raises ValueError for none.
     """
@@ -43,20 +43,18 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     from scipy.stats import t
 
     error = statistics.stdev(values) / math.sqrt(num)
-    half_width = float(t.ppf((1 + confidence) / 2, num - 1)) * error
+    half_width = float(t.ppf(0.975, num - 1)) * error
     return Estimate(mean, half_width, num, error)
 
 
-def paired_ratio(
-    values: Mapping[int, float], base: Mapping[int, float], confidence: float = 0.95
-) -> Estimate | None:
+def paired_ratio(values: Mapping[int, float], base: Mapping[int, float]) -> Estimate | None:
     """Mean of `values[seed] / base[seed]` over the seeds that both have; None if they share none.
 
     Pairing takes out what a seed's cells have in common: its data order, and the state that the
     machine was in while they ran one after the other.
     """
     ratios = [values[seed] / base[seed] for seed in sorted(values) if seed in base]
-    return estimate(ratios, confidence) if ratios else None
+    return estimate(ratios) if ratios else None
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,7 @@ class Difference:
 
 
 def paired_difference(
-    differences: Sequence[np.ndarray],
-    weights: Sequence[float] | None = None,
-    num_resamples: int = NUM_RESAMPLES,
+    differences: Sequence[np.ndarray], weights: Sequence[float] | None = None
 ) -> Difference:
     """The mean of paired differences; of two tests the wider interval and the larger p-value.
 
@@ -94,7 +90,7 @@ def paired_difference(
         raise ValueError("a paired difference needs at least one seed and one item")
     shares = np.ones(len(differences)) if weights is None else np.asarray(weights)
     shares = shares / shares.sum()
-    low, high, p_value = _bootstrap(differences, shares, num_resamples)
+    low, high, p_value = _bootstrap(differences, shares)
     by_seed = shares @ [task.mean(axis=1) for task in differences]
     found = estimate(by_seed.tolist())
     if found.half_width is not None:
@@ -115,9 +111,7 @@ def _t_test(values: np.ndarray) -> float:
     return float(ttest_1samp(values, 0.0).pvalue)
 
 
-def _bootstrap(
-    differences: Sequence[np.ndarray], shares: np.ndarray, num_resamples: int
-) -> tuple[float, float, float]:
+def _bootstrap(differences: Sequence[np.ndarray], shares: np.ndarray) -> tuple[float, float, float]:
     """The 95 % interval of the mean over tasks by their `shares`, and its two-sided p-value.
 
     Each resample draws seeds, the same for all tasks, and items of each task, the same for all
@@ -129,14 +123,14 @@ def _bootstrap(
     generator = np.random.default_rng(0)
     num_seeds = differences[0].shape[0]
     # How often each resample draws each seed, as a share: (resamples, seeds).
-    seeds = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_resamples)
-    means = np.zeros(num_resamples)
+    seeds = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), NUM_RESAMPLES)
+    means = np.zeros(NUM_RESAMPLES)
     for task, share in zip(differences, shares, strict=True):
         means += share * _resampled_means(task, seeds / num_seeds, generator)
     low, high = np.quantile(means, (0.025, 0.975))
     # A difference of exactly 0 speaks for neither side, so it counts for both.
     tail = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
-    return float(low), float(high), min(1.0, float(2 * (tail + 1) / (num_resamples + 1)))
+    return float(low), float(high), min(1.0, float(2 * (tail + 1) / (NUM_RESAMPLES + 1)))
 
 
 def _resampled_means(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from suites import stats
 from suites.stats import estimate, paired_difference, paired_ratio
 
 
@@ -12,11 +13,6 @@ def test_interval_is_students_t():
     assert found.mean == 2.0
     assert found.half_width == pytest.approx(2.4842, abs=1e-4)
     assert found.num == 3
-
-
-def test_interval_widens_with_confidence():
-    values = [0.1, 0.4, 0.2, 0.3]
-    assert estimate(values, 0.99).half_width > estimate(values, 0.95).half_width
 
 
 def test_one_value_has_no_interval():
@@ -74,13 +70,12 @@ def test_one_lucky_seed_is_not_significant():
     assert paired_difference([differences]).p_value > 0.05
 
 
-def test_chance_seldom_makes_few_seeds_significant():
+def test_chance_seldom_makes_few_seeds_significant(monkeypatch):
     """Three seeds that differ more than items do; by the bootstrap alone one in four passed."""
+    monkeypatch.setattr(stats, "NUM_RESAMPLES", 200)
     generator = np.random.default_rng(0)
     found = [
-        paired_difference(
-            [generator.normal(generator.normal(0, 0.1, (3, 1)), 0.3, (3, 100))], num_resamples=200
-        )
+        paired_difference([generator.normal(generator.normal(0, 0.1, (3, 1)), 0.3, (3, 100))])
         for _ in range(300)
     ]
     assert 0 < sum(each.p_value < 0.05 for each in found) < 0.08 * len(found)
