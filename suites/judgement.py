@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from suites import report, stats
 from suites.notes import machine
 from suites.record import Record
-from suites.report import BASELINE, ROLES
-from suites.report import MixedRecordsError as MixedRecordsError
+from suites.report import BASELINE, MixedRecordsError
+from suites.sources import ROLES
 from suites.table import MIB, number
 
 BETTER, SAME, WORSE, UNJUDGED = "better", "same", "WORSE", "-"

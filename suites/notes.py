@@ -8,6 +8,7 @@ import pandas as pd
 
 from suites import report, stats
 from suites.record import Record
+from suites.sources import ROLES
 
 UNMATCHED = "†"
 SIGNIFICANT = "*"
@@ -27,7 +28,7 @@ def footnotes(frame: pd.DataFrame, records: Sequence[Record]) -> list[str]:
     budget = f"the budget of {asked.pop():,} weights" if asked else "a budget"
     if not all(frame["matched"]):
         notes.append(f"{UNMATCHED} not matched to {budget}.")
-    if frame[[f"{role}_minus_{report.BASELINE}" for role in report.ROLES]].notna().any(axis=None):
+    if frame[[f"{role}_minus_{report.BASELINE}" for role in ROLES]].notna().any(axis=None):
         notes.append(
             f"vs {report.BASELINE}: target / retention above {report.BASELINE}'s, paired by item "
             f"and seed; {SIGNIFICANT} p < {stats.SIGNIFICANCE:g} ({TESTS}), not corrected for the "
@@ -47,7 +48,7 @@ def metrics(records: Sequence[Record]) -> str:
     Several metrics of a role are named with their tasks.
     """
     said: dict[str, list[str]] = {}
-    for role in report.ROLES:
+    for role in ROLES:
         tasks: dict[str, dict[str, None]] = {}  # by metric; as sets, but in order
         for record in records:
             for task, score in record.scores.items():

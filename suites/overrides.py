@@ -9,7 +9,7 @@ from typing import Any
 
 from suites.budget import Budget
 from suites.plan import safe_name
-from suites.sources import Task
+from suites.sources import ROLES, Task
 from suites.suite import Suite
 from suites.values import short_hash
 
@@ -55,9 +55,8 @@ def _task(text: str, suite: Suite) -> Task:
         return own[name]
     metric, _, role = rest.partition(":")
     metric, _, filtered = metric.partition("/")
-    roles = ("target", "retention")
-    if (role or "target") not in roles:
-        raise ValueError(f"--tasks: role {role!r} in {text!r} is not one of {', '.join(roles)}")
+    if (role or "target") not in ROLES:
+        raise ValueError(f"--tasks: role {role!r} in {text!r} is not one of {', '.join(ROLES)}")
     return Task(name, f"{metric},{filtered or 'none'}", role or "target")  # type: ignore[arg-type]
 
 

@@ -13,10 +13,10 @@ import pandas as pd
 
 from suites import stats
 from suites.record import Record, TaskScore
+from suites.sources import ROLES
 
 BASELINE = "lora"
 PHASES = ("load", "prepare", "train", "evaluate")
-ROLES = ("target", "retention")
 
 
 class MixedRecordsError(ValueError):

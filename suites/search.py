@@ -13,7 +13,8 @@ import pandas as pd
 from suites import stats
 from suites.plan import Cell, records_folder, safe_name
 from suites.record import Record, write_whole
-from suites.report import ROLES, MixedRecordsError, columns, require_comparable, role_means
+from suites.report import MixedRecordsError, columns, require_comparable, role_means
+from suites.sources import ROLES
 from suites.suite import Suite, Tuning
 from suites.table import drawn, load, make_console, say, spread
 

@@ -13,6 +13,7 @@ from suites.values import added, require
 
 DTYPES = ("float32", "bfloat16", "float16")
 SPLITS = ("dev", "test")
+ROLES = ("target", "retention")
 QUANTIZATIONS = ("4bit",)
 
 #: Endings of data files; JSON is one object a line in either.
@@ -133,5 +134,5 @@ class Task:
     runs_code: bool = added(False)
 
     def __post_init__(self) -> None:
-        require(self.role in ("target", "retention"), f"role {self.role!r} is unknown")
+        require(self.role in ROLES, f"role {self.role!r} is not one of {', '.join(ROLES)}")
         require(self.split in SPLITS, f"split {self.split!r} is not one of {', '.join(SPLITS)}")

@@ -14,6 +14,7 @@ from suites import documents, progress, report, stats
 from suites.notes import SIGNIFICANT, UNMATCHED, footnotes
 from suites.plan import Cell, records_folder
 from suites.record import DamagedRecordError, Record, read
+from suites.sources import ROLES
 
 MIB = 2**20
 
@@ -121,7 +122,7 @@ def quality(frame: pd.DataFrame) -> pd.DataFrame:
 def differences(row: dict) -> str:
     """What target and retention are above the baseline's, with a star where it is significant."""
     words = []
-    for role in report.ROLES:
+    for role in ROLES:
         name = f"{role}_minus_{report.BASELINE}"
         p_value = row[f"{name}_p"]
         star = SIGNIFICANT if p_value is not None and p_value < stats.SIGNIFICANCE else ""

@@ -58,7 +58,7 @@ def test_budget_is_rank_times_the_sides_of_its_targets():
     [
         (lambda: ModelSource("m", dtype="int3"), "'int3' is not one of float32, bfloat16"),
         (lambda: DataSource("d", max_length=0), "max_length must be positive, got 0"),
-        (lambda: Task("t", "acc,none", "goal"), "role 'goal' is unknown"),
+        (lambda: Task("t", "acc,none", "goal"), "'goal' is not one of target, retention"),
         (lambda: Task("t", "acc,none", "target", split="train"), "'train' is not one of dev, test"),
         (lambda: Recipe(num_steps=0, batch_size=1), "num_steps must be positive, got 0"),
         (
