@@ -113,6 +113,11 @@ class Budget:
         }
 
 
+def is_met(num_asked: int, num_trainable: int) -> bool:
+    """Whether so many weights are those that were asked for, to within 1 %."""
+    return abs(num_trainable - num_asked) <= 0.01 * num_asked
+
+
 def _linears(model: Any) -> list[str]:
     """The last parts of the names of the modules that a budget could target."""
     names = {

@@ -13,6 +13,7 @@ import torch
 from transformers import set_seed
 
 from suites import measure, train, yardstick
+from suites.budget import is_met
 from suites.checkpoint import Checkpoints
 from suites.data import Collator, Examples, load_examples
 from suites.distributed import Rank
@@ -173,12 +174,7 @@ def _saved_for_backward(work: Work, contestant: Contestant, materials: Materials
     return measure.saved_for_backward_bytes(contestant.model, batch)
 
 
-def _training(
-    work: Work,
-    examples: Examples,
-    steps: StepMeter,
-    watch: train.LossWatch,
-) -> Training:
+def _training(work: Work, examples: Examples, steps: StepMeter, watch: train.LossWatch) -> Training:
     flops = steps.first_step_flops
     return Training(
         tuple(watch.losses),
@@ -230,9 +226,9 @@ def diagnose(error: Exception) -> tuple[str, str]:
 
 
 def size(contestant: Contestant, num_weights: int, num_asked: int | None) -> Size:
-    """What was asked and what the method made of it; within 1 % is matched."""
+    """What was asked and what the method made of it."""
     met = contestant.num_trainable
-    matched = num_asked is not None and abs(met - num_asked) <= 0.01 * num_asked
+    matched = num_asked is not None and is_met(num_asked, met)
     return Size(num_weights, met, num_asked, matched)
 
 

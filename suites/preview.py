@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from suites import runner
+from suites.budget import is_met
 from suites.distributed import check_device, first_gpu, has_gpu, share
 from suites.estimate import Estimate, earlier_records, estimate, seconds
 from suites.hub import MISSING, missing_from_hub
@@ -116,7 +117,7 @@ def _size(num_bytes: float) -> str:
 
 def _solved(cell: Cell, found: Estimate) -> dict[str, str]:
     share_of_budget = found.num_trainable / found.num_asked
-    is_matched = cell.entry.matched and abs(share_of_budget - 1) <= 0.01
+    is_matched = cell.entry.matched and is_met(found.num_asked, found.num_trainable)
     mark = "" if is_matched else UNMATCHED
     return {"weights": f"{found.num_trainable:,}{mark}", "budget": f"{share_of_budget:.0%}"}
 
