@@ -14,13 +14,10 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from suites.shapes import SHAPES
 from suites.sources import ALLOWED, LINES, RANDOM_TOKENS, TABLES
-
-if TYPE_CHECKING:
-    from suites.suite import Suite
+from suites.suite import WORLD, Suite
 
 #: The hub's rule for repository ids: "name" or "owner/name".
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -43,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wanted:
-    """A hub repository that a suite needs: "model", "dataset" or "space"."""
+    """A hub repository that a suite needs: a "model" or a "dataset"."""
 
     kind: str
     id: str
@@ -91,7 +88,7 @@ def missing_from_hub(suite: Suite) -> list[str]:
 
 def _model(suite: Suite) -> list[Wanted]:
     source = suite.model
-    if suite.world is not None and source.path.startswith("{"):
+    if suite.world is not None and source.path.startswith(WORLD):
         return []
     if (source.shape_only and source.path in SHAPES) or is_model_folder(source.path):
         return []
@@ -100,7 +97,7 @@ def _model(suite: Suite) -> list[Wanted]:
 
 def _data(suite: Suite) -> list[Wanted]:
     path = suite.data.path
-    if path == RANDOM_TOKENS or path.startswith("{") or Path(path).exists():
+    if path == RANDOM_TOKENS or path.startswith(WORLD) or Path(path).exists():
         return []
     if not is_id(path) or path.endswith((*LINES, *TABLES)):
         raise ValueError(f"data {path} is not there; needed: {ALLOWED}")
@@ -109,7 +106,7 @@ def _data(suite: Suite) -> list[Wanted]:
 
 def _tasks(suite: Suite) -> list[Wanted]:
     folder = suite.task_folder
-    if not suite.tasks or (folder is not None and folder.startswith("{")):
+    if not suite.tasks or (folder is not None and folder.startswith(WORLD)):
         return []
     from suites.questions import hub_data
 
