@@ -68,6 +68,12 @@ def markdown(
     return "\n\n".join([*parts, *notes]) + "\n"
 
 
+def sheet(title: str, table: pd.DataFrame, notes: Sequence[str] = ()) -> str:
+    """A single table in Markdown, below its title and above the notes."""
+    text = table.to_markdown(index=False, disable_numparse=True)
+    return "\n\n".join([f"# {title}", text, *notes]) + "\n"
+
+
 def latex(tables: dict[str, pd.DataFrame], notes: Sequence[str], name: str) -> str:
     """A table environment for each of `tables`, the notes below the last; needs booktabs."""
     parts = [r"% \usepackage{booktabs}"]

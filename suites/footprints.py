@@ -150,12 +150,12 @@ def write(
     suite: Suite, title: str, frame: pd.DataFrame, notes: Sequence[str], out: Path
 ) -> tuple[Path, Path]:
     """Writes the table in Markdown and in CSV."""
+    from suites.documents import sheet
     from suites.record import write_whole
 
     folder = out / "tables"
     markdown, csv = (folder / f"{suite.name}-ratios.{ending}" for ending in ("md", "csv"))
-    text = frame.to_markdown(index=False, disable_numparse=True)
-    write_whole("\n\n".join([f"# {title}", text, *notes]) + "\n", markdown)
+    write_whole(sheet(title, frame, notes), markdown)
     write_whole(frame.to_csv(index=False), csv)
     return markdown, csv
 

@@ -23,8 +23,6 @@ from suites.run import FAILED, selected
 from suites.suite import Suite
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from suites.record import Record
 
 
@@ -133,9 +131,11 @@ def present(suite: Suite, kept: Sequence[Record], out: Path, against: Path) -> i
     import pandas as pd
 
     from suites import judgement
+    from suites.documents import sheet
+    from suites.record import write_whole
     from suites.table import drawn, make_console, say
 
-    console, name = make_console(), suite.name
+    console, title = make_console(), f"{suite.name}: now and before"
     now, before, problems = loaded(suite, kept, out, against)
     for problem in problems:
         say(console, problem)
@@ -146,26 +146,19 @@ def present(suite: Suite, kept: Sequence[Record], out: Path, against: Path) -> i
         return FAILED
     frame = pd.DataFrame([judgement.row(finding) for finding in findings])
     notes = [*judgement.notes(findings), *judgement.machines(now, before)]
-    console.print(drawn(f"{name}: now and before", frame))
+    console.print(drawn(title, frame))
     for note in notes:
         console.print(note, markup=False, highlight=False)
     num_worse = sum(finding.verdict == judgement.WORSE for finding in findings)
     say(console, f"{num_worse} of {len(findings)} measures got worse")
-    path = out / "tables" / f"{safe_name(name)}-gate.md"
+    path = out / "tables" / f"{safe_name(suite.name)}-gate.md"
     try:
-        write(frame, [*problems, *notes], name, path)
+        write_whole(sheet(title, frame, [*problems, *notes]), path)
     except OSError as error:
         say(console, f"{path} cannot be written: {error}")
         return FAILED
     say(console, f"written to {path}")
     return FAILED if num_worse or problems else 0
-
-
-def write(frame: pd.DataFrame, notes: Sequence[str], name: str, path: Path) -> None:
-    from suites.record import write_whole
-
-    text = frame.to_markdown(index=False, disable_numparse=True)
-    write_whole("\n\n".join([f"# {name}: now and before", text, *notes]) + "\n", path)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from suites import stats
+from suites.documents import sheet
 from suites.plan import Cell, records_folder, safe_name
 from suites.record import Record, write_whole
 from suites.report import MixedRecordsError, columns, require_comparable, role_means
@@ -105,9 +106,7 @@ def write(found: pd.DataFrame, suite: Suite, out: Path) -> list[Path]:
     """Writes the curves as CSV and Markdown, and as a figure where matplotlib is installed."""
     csv, markdown = (grid_path(suite, out, ending) for ending in ("csv", "md"))
     write_whole(found.to_csv(index=False), csv)
-    title = f"# {suite.name}: grids on dev\n\n"
-    table = words(found).to_markdown(index=False, disable_numparse=True)
-    write_whole(f"{title}{table}\n", markdown)
+    write_whole(sheet(f"{suite.name}: grids on dev", words(found)), markdown)
     if find_spec("matplotlib") is None:
         return [csv, markdown]
     figure = out / "figures" / f"{safe_name(suite.name)}-grid.png"
