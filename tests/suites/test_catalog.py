@@ -4,6 +4,7 @@ import dataclasses
 import math
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pyarrow
@@ -93,7 +94,8 @@ def run(suite: Suite, method: str = "lora", split: str = "test", world: Path | N
     tuning = None if method == "base" else Tuning(1e-3)
     planned = Cell(suite, method, METHODS[method], tuning, 0, split)
     way = Execution(save_seconds=None)
-    done = cell.run(planned, world, Path("unused"), way, Rank(), lambda report: None)
+    with tempfile.TemporaryDirectory() as out:
+        done = cell.run(planned, world, Path(out), way, Rank(), lambda report: None)
     assert done.status == "ok", done.reason
     return done
 

@@ -4,7 +4,6 @@ import dataclasses
 import re
 import socket
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -62,12 +61,14 @@ def test_suites_without_the_hub_miss_nothing(offline, name):
         ("model", "tests", "tests is a folder without config.json, so it holds no model"),
     ],
 )
-def test_local_paths_that_are_not_there_stop_a_run_before_it_starts(offline, flag, path, message):
+def test_local_paths_that_are_not_there_stop_a_run_before_it_starts(
+    offline, flag, path, message, tmp_path
+):
     suite = override(SUITES["quickstart"], **{flag: path})
     with pytest.raises(ValueError, match=message):
         missing_from_hub(suite)
     with pytest.raises(NotReadyError, match=message):
-        runner.run(plan(suite, ["base"], [0]), Path("unused"), Execution(), None)
+        runner.run(plan(suite, ["base"], [0]), tmp_path, Execution(), None)
 
 
 def test_everything_missing_is_named_with_what_would_do_instead(offline):
