@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,6 +120,10 @@ class Suite:
             "each once",
         )
         require(self.limit is None or self.limit > 0, f"limit must be positive, got {self.limit}")
+        require(
+            self.device is None or re.fullmatch(r"cpu|cuda:\d+", self.device) is not None,
+            f"device {self.device!r} is not one of cpu, cuda:N",
+        )
         require(
             self.eval_batch_size > 0,
             f"eval_batch_size must be positive, got {self.eval_batch_size}",

@@ -86,6 +86,7 @@ def test_budget_is_rank_times_the_sides_of_its_targets():
             r"grids\['lora'\]\[1\] is 0.0001; allowed: a Tuning",
         ),
         (lambda: small_suite(limit=0), "limit must be positive, got 0"),
+        (lambda: small_suite(device="cuda"), "device 'cuda' is not one of cpu, cuda:N"),
         (lambda: small_suite(eval_batch_size=0), "eval_batch_size must be positive, got 0"),
     ],
 )
