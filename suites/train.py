@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,11 +53,11 @@ class Setup:
     recipe: Recipe
     tuning: Tuning
     seed: int
-    device: str = "cpu"
+    device: str
     #: Data-parallel processes, of which this is one; they share the recipe's batch.
-    num_ranks: int = 1
-    #: Where checkpoints go and come from; None for none.
-    checkpoints: Checkpoints | None = None
+    num_ranks: int
+    #: Where checkpoints go and come from.
+    checkpoints: Checkpoints
 
 
 def fit(
@@ -76,32 +75,30 @@ def fit(
     finite.
     """
     optimizer = contestant.optimizer(setup.tuning.lr, setup.tuning.weight_decay)
-    saving, resume_from = [], None
-    if setup.checkpoints is not None:
-        saving, resume_from = [setup.checkpoints], setup.checkpoints.history.folder
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=contestant.model,
-            args=arguments(setup, folder),
-            train_dataset=examples,
-            data_collator=collate,
-            optimizers=(optimizer, None),
-            callbacks=[meter.opening, *contestant.callbacks, meter.closing, watch, *saving],
-        )
-        trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-        finally:
-            meter.stop_counting()
+    checkpoints = setup.checkpoints
+    trainer = Trainer(
+        model=contestant.model,
+        args=arguments(setup),
+        train_dataset=examples,
+        data_collator=collate,
+        optimizers=(optimizer, None),
+        callbacks=[meter.opening, *contestant.callbacks, meter.closing, watch, checkpoints],
+    )
+    trainer.remove_callback(PrinterCallback)
+    resume_from = checkpoints.history.folder
+    try:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    finally:
+        meter.stop_counting()
     return optimizer, int(trainer.state.num_input_tokens_seen)
 
 
-def arguments(setup: Setup, folder: str) -> TrainingArguments:
-    """The recipe in the Trainer's own words; `folder` is for what is not a checkpoint."""
-    recipe, checkpoints = setup.recipe, setup.checkpoints
+def arguments(setup: Setup) -> TrainingArguments:
+    """The recipe in the Trainer's own words."""
+    recipe = setup.recipe
     batch_size, accumulation = local_batch(recipe, setup.num_ranks)
     return TrainingArguments(
-        output_dir=str(checkpoints.folder) if checkpoints else folder,
+        output_dir=str(setup.checkpoints.folder),
         max_steps=recipe.num_steps,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,

@@ -1,15 +1,19 @@
 """fit() gives all methods the same batches and stops when the loss does."""
 
 import math
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from baselines.full import Full
+from suites.checkpoint import Checkpoints
 from suites.steps import StepMeter
 from suites.suite import Recipe, Tuning
 from suites.train import DivergedError, LossWatch, Setup, fit
+from tests.suites.arena import ENVIRONMENT
 
 VOCABULARY = 40
 
@@ -43,9 +47,10 @@ def train(model, seed=0, num_steps=4, accumulate=1, on_step=lambda step, loss: N
     examples = [{"number": number} for number in range(VOCABULARY)]
     recipe = Recipe(num_steps=num_steps, batch_size=4, gradient_accumulation_steps=accumulate)
     contestant = Full().prepare(model, None, num_steps)
-    optimizer, num_tokens = fit(
-        contestant, examples, collate, Setup(recipe, Tuning(lr), seed), meter, watch
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder), None, ENVIRONMENT, None)
+        setup = Setup(recipe, Tuning(lr), seed, "cpu", 1, checkpoints)
+        optimizer, num_tokens = fit(contestant, examples, collate, setup, meter, watch)
     return collate.seen, meter, watch, optimizer, num_tokens
 
 
