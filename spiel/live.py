@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from spiel import ops
-from spiel.support import version_of
+from spiel.support import Seen
 
 #: Adapter -> deltas [k].
 Deltas = Mapping[str, torch.Tensor] | nn.ParameterDict
@@ -42,7 +42,7 @@ class LiveEntries:
     def __init__(self, weight: torch.Tensor, supports: Mapping[str, torch.Tensor]) -> None:
         self.weight = weight
         self.supports = dict(supports)
-        self._versions = self._read_versions()
+        self._seen = Seen(self.supports.values())
         self._address = weight.data_ptr()
         #: Flat indices of the entries, and for each adapter where in it its own are (None: all).
         self._places, self._slots = _union(list(self.supports.values()))
@@ -86,7 +86,7 @@ class LiveEntries:
         """
         if self._address != self.weight.data_ptr() and not self._has_moved(deltas):
             return
-        if self._versions != self._read_versions():
+        if not self._seen.is_of(self.supports.values()):
             raise RuntimeError(
                 "indices were written into while their deltas were in the weight; use "
                 "spiel.set_support to change a support"
@@ -110,14 +110,11 @@ class LiveEntries:
             "change weights through it (model.to, load_state_dict) or with the adapter disabled"
         )
 
-    def _read_versions(self) -> list[int | None]:
-        return [version_of(indices) for indices in self.supports.values()]
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Tensors that were copied or unpickled stand elsewhere, and count versions from 0 again.
         self.__dict__.update(state)
         self._address = self.weight.data_ptr()
-        self._versions = self._read_versions()
+        self._seen = Seen(self.supports.values())
 
 
 def _union(

@@ -24,7 +24,7 @@ from spiel.quorum import Quorum
 from spiel.ranking import places
 from spiel.reselection import Exchange, Schedule, drop, exchange, grow_by_gradients
 from spiel.sm3 import SpielSM3
-from spiel.support import version_of
+from spiel.support import Seen
 from spiel.window import GradientWindow, end_step, measure_scale
 
 
@@ -86,7 +86,7 @@ class Reselector:
             self.optimizer.register_step_post_hook(self._after_step),
         ]
         self._share_support()
-        self._supports: list[tuple[torch.Tensor, int | None]] = []
+        self._seen = Seen(())
         self._check_supports()
         deltas = [layer.spiel_deltas[self.adapter] for layer in self.layers.values()]
         #: Nothing was learned before, so the first reselection may replace everything.
@@ -113,7 +113,7 @@ class Reselector:
             check_state(self.optimizer, self.layers, self.adapter)
         if self.schedule.reselects(self.t):
             self._reselect()
-            self._supports = self._seen_supports()
+            self._seen = Seen(self._supports())
             self._close_windows()
         if self.schedule.opens_window(self.t):
             self._open_windows()
@@ -187,25 +187,18 @@ class Reselector:
         """Looks whether the optimizer's state is of these supports, if they are not the ones that
         were here before.
         """
-        seen, before = self._seen_supports(), self._supports
-        is_same = len(seen) == len(before) and all(
-            one[0] is other[0] and one[1] == other[1]
-            for one, other in zip(seen, before, strict=True)
-        )
-        if not is_same:
+        supports = self._supports()
+        if not self._seen.is_of(supports):
             check_momenta(self.optimizer, self.layers, self.adapter)
-            self._supports = seen
+            self._seen = Seen(supports)
 
-    def _seen_supports(self) -> list[tuple[torch.Tensor, int | None]]:
-        """Each support, and how often it was written into."""
-        supports = [layer.spiel_indices[self.adapter] for layer in self.layers.values()]
-        return [(each, version_of(each)) for each in supports]
+    def _supports(self) -> list[torch.Tensor]:
+        return [layer.spiel_indices[self.adapter] for layer in self.layers.values()]
 
     def _check_agreement(self) -> None:
         if not is_parallel():
             return
-        supports = [layer.spiel_indices[self.adapter].long() for layer in self.layers.values()]
-        sums = torch.stack([support.sum() for support in supports])
+        sums = torch.stack([support.sum() for support in self._supports()])
         check_equal(sums, "the supports that reselection chose")
 
     def _open_windows(self) -> None:

@@ -6,6 +6,9 @@ order, sorted and unique. It is int32 wherever the weight has fewer than 2**31 e
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Collection
+
 import torch
 
 INT32_LIMIT = 2**31
@@ -110,3 +113,19 @@ def version_of(indices: torch.Tensor) -> int | None:
     nothing.
     """
     return None if indices.is_inference() else indices._version
+
+
+class Seen:
+    """Some supports as they are now, to tell later whether they still are."""
+
+    def __init__(self, supports: Collection[torch.Tensor]) -> None:
+        self._supports = tuple(supports)
+        self._versions = [version_of(indices) for indices in supports]
+
+    def is_of(self, supports: Collection[torch.Tensor]) -> bool:
+        """Whether these are the same tensors, and none was written into since."""
+        return (
+            len(supports) == len(self._supports)
+            and all(map(operator.is_, supports, self._supports))
+            and self._versions == [version_of(indices) for indices in supports]
+        )

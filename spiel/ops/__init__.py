@@ -6,7 +6,6 @@ The choice is a rule that can be read here, can be overruled (`use_backend`), an
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from spiel.ops import blocked, crossover, optional, reference, sampled
 from spiel.ops.product import Operand, formed
 from spiel.ops.reference import SampledGradients
 from spiel.ops.transposed import forget_operands
-from spiel.support import version_of
+from spiel.support import Seen
 
 
 def _deferred(name: str) -> SampledGradients:
@@ -103,19 +102,14 @@ class SupportGradients:
     """
 
     def __init__(self, *supports: torch.Tensor) -> None:
-        self._supports = supports
-        self._versions = [version_of(support) for support in supports]
+        self._supports, self._seen = supports, Seen(supports)
         self._k = sum(map(len, supports))
         self._asked: tuple[str | None, torch.dtype] | None = None
 
     @classmethod
     def renewed(cls, kept: SupportGradients | None, *supports: torch.Tensor) -> SupportGradients:
         """`kept`, if it is of these supports and none was written into since; else a new one."""
-        return kept if kept is not None and kept._is_of(supports) else cls(*supports)
-
-    def _is_of(self, supports: Sequence[torch.Tensor]) -> bool:
-        are_same = all(map(operator.is_, supports, self._supports))
-        return are_same and self._versions == [version_of(support) for support in supports]
+        return kept if kept is not None and kept._seen.is_of(supports) else cls(*supports)
 
     def __call__(self, left_TR: torch.Tensor, right_TC: Operand) -> list[torch.Tensor]:
         """For each support those entries of left.T @ right, in fp32.
