@@ -223,9 +223,7 @@ class Reselector:
             if n == 0:
                 continue
             if isinstance(self.optimizer, SpielSM3):
-                # A module that was never used has no momenta, and stays as it is.
-                if self.optimizer.has_momenta(layer.spiel_deltas[self.adapter]):
-                    self._reselect_by_momenta(layer, n)
+                self._reselect_by_momenta(layer, n)
             elif self.windows[name].num_steps > 0:
                 self._reselect_by_gradients(layer, self.windows[name], n)
         self._check_agreement()
@@ -249,7 +247,10 @@ class Reselector:
         """Exchanges `n` deltas of a layer for the inactive weights of largest momenta (MA)."""
         assert isinstance(self.optimizer, SpielSM3)
         deltas, indices = layer.spiel_deltas[self.adapter], layer.spiel_indices[self.adapter]
-        grown = largest_products(*self.optimizer.momenta(deltas), n, exclude=indices)
+        momenta = self.optimizer.momenta(deltas)
+        if momenta is None:
+            return  # the module was never used, and stays as it is
+        grown = largest_products(*momenta, n, exclude=indices)
         slots = places(drop(deltas, len(grown)))
         change = self._exchange(layer, slots, grown)
         self.optimizer.reselect(deltas, change)

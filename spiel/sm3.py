@@ -105,22 +105,14 @@ class SpielSM3(SpielOptimizer):
             )
         return state["row"], state["col"]
 
-    def has_momenta(self, parameter: torch.Tensor) -> bool:
-        """Whether this parameter has been updated, so that `momenta` can be asked for."""
-        return "row" in self.state.get(parameter, {})
-
-    def momenta(self, parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The accumulators (row [rows], col [cols]) of a parameter of deltas.
+    def momenta(self, parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The accumulators (row [rows], col [cols]) of a parameter of deltas; None if it has not
+        been updated yet.
 
         Their product estimates the magnitude of the momenta of all the weight's entries.
-
-        Raises:
-            ValueError: the parameter has not been updated yet.
         """
         state = self.state.get(parameter, {})
-        if "row" not in state:
-            raise ValueError("SpielSM3 has not updated this parameter yet, so it has no momenta")
-        return state["row"], state["col"]
+        return (state["row"], state["col"]) if "row" in state else None
 
     @torch.no_grad()
     def reselect(self, parameter: torch.Tensor, exchange: Exchange) -> None:
