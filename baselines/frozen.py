@@ -25,6 +25,8 @@ class Frozen:
     def prepare(self, model: Any, budget: Any, total_steps: int) -> Floor:
         model.requires_grad_(False)
         model.enable_input_require_grads()
+        # The Trainer takes quantised models with adapters only, as the others cannot be trained.
+        model._hf_peft_config_loaded = True
         return Floor(model)
 
     def size(self, model: torch.nn.Module, budget: Any) -> int:

@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     status = 0
     for setting in settings(names):
-        status = max(status, run.main(command(suite, methods, setting, arguments.out)))
+        own = contenders(methods, setting)
+        if own:
+            status = max(status, run.main(command(suite, own, setting, arguments.out)))
         if status >= BAD_INPUT:
             return status
     return max(status, present(suite, methods, names, arguments.out))
@@ -80,6 +82,11 @@ def settings(names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Every combination of the values of the axes `names`."""
     for values in itertools.product(*(AXES[name] for name in names)):
         yield dict(zip(names, values, strict=True))
+
+
+def contenders(methods: Sequence[str], setting: dict[str, Any]) -> list[str]:
+    """`methods`, of which full fine-tuning cannot train a quantised model."""
+    return [name for name in methods if name != "full" or setting.get("quantize") is None]
 
 
 def command(suite: Suite, methods: Sequence[str], setting: dict[str, Any], out: Path) -> list[str]:
@@ -131,7 +138,8 @@ def _load(
 ) -> tuple[list[Record], list[str]]:
     from suites.table import load
 
-    return load(plan(override(suite, **setting), methods, suite.seeds[:1]), out)
+    own = contenders(methods, setting)
+    return load(plan(override(suite, **setting), own, suite.seeds[:1]), out)
 
 
 def tabulated(found: Sequence[tuple[dict[str, Any], Sequence[Record]]]) -> pd.DataFrame:

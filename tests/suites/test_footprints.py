@@ -29,6 +29,16 @@ def test_a_grid_runs_and_leaves_one_table_of_ratios(tmp_path, monkeypatch, capsy
     assert "a train step, and as a ratio to LoRA's" in capsys.readouterr().out
 
 
+def test_a_quantised_model_has_its_floor_and_is_not_trained_as_a_whole(tmp_path, capsys):
+    arguments = ["footprint_tiny", "--methods", "frozen,lora,full,spiel", "--vary", "quantize"]
+    assert footprints.main([*arguments, "--out", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "tables" / "footprint_tiny-ratios.csv")
+    quantised = table[table["quantize"] == "4bit"]
+    assert list(quantised["method"]) == ["frozen", "lora", "spiel"]
+    assert (quantised["ms/step"] > 0).all()
+    assert "full" in set(table["method"]) - set(quantised["method"])
+
+
 SUITE = SUITES["footprint_tiny"]
 METHODS_OF_GRID = ("lora", "lora-bf16", "spiel")
 ON_GPU = dataclasses.replace(ENVIRONMENT, gpus=("A GPU",), device="cuda:0")
