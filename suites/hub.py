@@ -100,7 +100,7 @@ def _data(suite: Suite) -> list[Wanted]:
     if path == RANDOM_TOKENS or path.startswith(WORLD) or Path(path).exists():
         return []
     if not is_id(path) or path.endswith((*LINES, *TABLES)):
-        raise ValueError(f"data {path} is not there; needed: {ALLOWED}")
+        raise ValueError(f"data {path} is not there, seen from {Path.cwd()}; needed: {ALLOWED}")
     return [Wanted("dataset", path, "data", DATA_INSTEAD)]
 
 
