@@ -26,8 +26,8 @@ NOTE = (
     f"a ratio to {BASELINE}'s with the same seed, rose by more than {COST_LIMIT:.0%} at the low "
     f"end of its 95 % interval over seeds; a size rose by more than {SIZE_LIMIT:.1%}; a cell is "
     "not ok that was, or was kept but is no longer run; a measure is missing that was there, or "
-    "has too few seeds left. Costs are judged on the same hardware alone, time and peak by two "
-    "seeds at least."
+    f"has too few seeds left. Costs are judged on the same hardware alone, time and peak by two "
+    f"seeds at least, and {BASELINE}'s own not at all."
 )
 
 #: What `_costs` measures, and its plain name.

@@ -2,6 +2,8 @@
 
 Its data, lengths, steps, schedule, template, loss on the whole text and way of marking are kept.
 What differs: batches are not sorted by length, and retention is the likelihood of general text.
+Its dev split, on which rates are picked, are questions of GSM8K's train split, which MetaMathQA
+rewords: so the pick may favour what memorises well.
 """
 
 from __future__ import annotations
