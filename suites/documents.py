@@ -4,6 +4,7 @@ a page with all of it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -95,5 +96,7 @@ def latex(tables: dict[str, pd.DataFrame], notes: Sequence[str], name: str) -> s
 
 
 def escaped(text: str) -> str:
-    """`text` with what means something to LaTeX written so that it means itself."""
-    return text.translate(_LATEX)
+    """`text` with what means something to LaTeX written so that it means itself, and minus signs
+    where a hyphen stands for one.
+    """
+    return re.sub(r"(?<![\w-])-(?=[\d.])", "$-$", text.translate(_LATEX))
