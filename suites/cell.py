@@ -182,6 +182,7 @@ def _training(work: Work, examples: Examples, steps: StepMeter, watch: train.Los
         tuple(steps.callback_seconds),
         num_examples=len(examples),
         num_dropped=examples.num_dropped,
+        num_truncated=examples.num_truncated,
         # Every rank counts its own share of the batch.
         first_step_flops=None if flops is None else flops * work.rank.num_ranks,
         resumed_at=work.checkpoints.history.resumed_at,
@@ -229,7 +230,9 @@ def size(contestant: Contestant, num_weights: int, num_asked: int | None) -> Siz
     """What was asked and what the method made of it."""
     met = contestant.num_trainable
     matched = num_asked is not None and is_met(num_asked, met)
-    return Size(num_weights, met, num_asked, matched)
+    trained = [weight for weight in contestant.model.parameters() if weight.requires_grad]
+    dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in trained})
+    return Size(num_weights, met, num_asked, matched, tuple(dtypes))
 
 
 def task_score(task: Task, score: Score) -> TaskScore:

@@ -58,6 +58,8 @@ class Examples(Sequence[Example]):
     #: Rows in which nothing was to be learnt, as it lay beyond max_length or was never there, and
     #: rows of more than max_characters.
     num_dropped: int
+    #: Rows that were cut at max_length and kept.
+    num_truncated: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -84,12 +86,13 @@ def load_examples(
     found = texts(read_rows(source), source, tokenizer)
     limit = source.max_characters
     short = [text for text in found if limit is None or len(text.text) <= limit]
-    kept, longest = [], 0
+    kept, num_truncated, longest = [], 0, 0
     for tokens in tokenise(short, tokenizer):
         longest = max(longest, len(tokens.ids))
         cut = tokens.cut(source.max_length)
         if cut.targets:
             kept.append(cut)
+            num_truncated += len(tokens.ids) > source.max_length
     if not kept:
         why = "none has anything to learn"
         if longest > source.max_length:
@@ -98,7 +101,7 @@ def load_examples(
             f"{source.path}: all {len(found)} rows are dropped: {why}; "
             f"the longest has {longest} tokens"
         )
-    return Examples(tuple(kept), len(found) - len(kept))
+    return Examples(tuple(kept), len(found) - len(kept), num_truncated)
 
 
 def random_examples(source: DataSource, vocab_size: int | None) -> Examples:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from suites import report, stats
+from suites.plan import Cell, stand_in
 from suites.record import Record
 from suites.sources import ROLES
 
@@ -36,10 +37,64 @@ def footnotes(frame: pd.DataFrame, records: Sequence[Record]) -> list[str]:
         )
     if (frame["num_ok"] == 1).any():
         notes.append("One seed has no interval; use several before any claim.")
-    notes += machine(records)
+    notes += [*unlike(records), *data(records), *machine(records)]
     for row in frame.to_dict("records"):
         notes += [f"{row['method']}: {failure}" for failure in row["failures"]]
     return notes
+
+
+def unlike(records: Sequence[Record]) -> list[str]:
+    """What methods do not have in common, and the columns do not show."""
+    decays: dict[str, float] = {}
+    trained: dict[str, dict[str, None]] = {}  # dtypes -> methods; as sets, but in order
+    for record in records:
+        if decay := (record.tuning or {}).get("weight_decay"):
+            decays[record.method_name] = decay
+        if record.size and record.size.trainable_dtypes:
+            dtypes = " and ".join(record.size.trainable_dtypes)
+            trained.setdefault(dtypes, {})[record.method_name] = None
+    notes = []
+    if decays:
+        named = ", ".join(f"{method} {decay:g}" for method, decay in decays.items())
+        notes.append(f"Weight decay: {named}; none for the others.")
+    if len(trained) > 1:
+        named = "; ".join(f"{dtypes}: {', '.join(methods)}" for dtypes, methods in trained.items())
+        notes.append(f"Trained weights are {named}. In 16 bits small updates round to nothing.")
+    return notes
+
+
+def data(records: Sequence[Record]) -> list[str]:
+    """How much of the training data was left out."""
+    done = [record.training for record in records if record.status == "ok" and record.tuning]
+    if not done or not (done[0].num_dropped or done[0].num_truncated):
+        return []
+    kept, num_dropped, num_cut = done[0].num_examples, done[0].num_dropped, done[0].num_truncated
+    cut = f", and {num_cut:,} were cut there" if num_cut else ""
+    return [
+        f"Training data: {num_dropped:,} of {kept + num_dropped:,} rows were dropped, as they have "
+        f"nothing to learn within the limit of length{cut}."
+    ]
+
+
+def rates(cells: Sequence[Cell]) -> list[str]:
+    """Where the learning rates are from, if the suite has grids to pick them from."""
+    suite = cells[0].suite
+    trained = [cell for cell in cells if cell.entry.trains]
+    if not trained or not suite.grids:
+        return []
+    own, borrowed, picked = [], [], []
+    for cell in trained:
+        if cell.tuning != suite.tunings.get(stand_in(cell.method, suite.tunings)):
+            picked.append(cell.method)
+        else:
+            (own if cell.method in suite.tunings else borrowed).append(cell.method)
+    sources = {
+        "the suite's own (--search picks them on dev)": own,
+        f"{report.BASELINE}'s, for want of one of their own": borrowed,
+        "picked on dev": picked,
+    }
+    told = [f"{', '.join(dict.fromkeys(names))}: {of}" for of, names in sources.items() if names]
+    return [f"Learning rates: {'; '.join(told)}."]
 
 
 def metrics(records: Sequence[Record]) -> str:

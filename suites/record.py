@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,12 +15,13 @@ from typing import Any
 from suites.plan import Cell
 from suites.provenance import Environment
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 #: Schemas that are read too: what they lack has a default that says it is unknown.
 #: 1 had no first_step_flops, resumed_at and num_processes, 2 no yardstick_seconds, and no
-#: weighs_by_size, of which the default is what was taken for granted.
-OLDER_SCHEMAS = (1, 2)
+#: weighs_by_size, of which the default is what was taken for granted, 3 no num_truncated and
+#: trainable_dtypes.
+OLDER_SCHEMAS = (1, 2, 3)
 
 STATUSES = ("ok", "oom", "diverged", "failed", "interrupted")
 
@@ -70,6 +72,8 @@ class Training:
     num_examples: int = 0
     #: Examples left out because nothing of their completion fits in max_length.
     num_dropped: int = 0
+    #: Examples cut at max_length and kept.
+    num_truncated: int | None = None
     #: Floating-point operations of the first step, as torch's counter sees them; None where it
     #: cannot. It knows nothing of operations by kernels of our own.
     first_step_flops: int | None = None
@@ -90,6 +94,8 @@ class Size:
     num_asked: int | None
     #: Whether `num_trainable` is within 1 % of `num_asked`.
     matched: bool
+    #: Of the trained weights; None in records of old.
+    trainable_dtypes: tuple[str, ...] | None = None
     saved_for_backward_bytes: int | None = None
     optimizer_state_bytes: int | None = None
     artifact_bytes: int | None = None
@@ -218,7 +224,9 @@ def _from_dict(values: dict[str, Any]) -> Record:
         environment["gpus"] = tuple(environment["gpus"])
         values["environment"] = Environment(**environment)
     if values["size"] is not None:
-        values["size"] = Size(**values["size"])
+        dtypes = values["size"].get("trainable_dtypes")
+        own = {"trainable_dtypes": None if dtypes is None else tuple(dtypes)}
+        values["size"] = Size(**{**values["size"], **own})
     training = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in values["training"].items()
@@ -230,5 +238,14 @@ def _from_dict(values: dict[str, Any]) -> Record:
 
 
 def _score(values: dict[str, Any]) -> TaskScore:
+    """Raises ValueError for one that is no number, or has no item for each of its documents."""
     items = {name: tuple(values[name]) for name in ("per_item", "doc_ids")}
-    return TaskScore(**{**values, **items})
+    score = TaskScore(**{**values, **items})
+    if not all(map(math.isfinite, (score.value, *score.per_item))):
+        raise ValueError("a score is not finite")
+    if not len(score.per_item) == len(score.doc_ids) == score.num_items:
+        raise ValueError(
+            f"a score of {score.num_items} items has {len(score.per_item)} values for "
+            f"{len(score.doc_ids)} documents"
+        )
+    return score

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from suites import documents, progress, report, stats
-from suites.notes import SIGNIFICANT, UNMATCHED, footnotes
+from suites.notes import SIGNIFICANT, UNMATCHED, footnotes, rates
 from suites.plan import Cell, records_folder
 from suites.record import DamagedRecordError, Record, read
 from suites.sources import ROLES
@@ -35,7 +35,7 @@ def present(cells: Sequence[Cell], out: Path) -> int:
         return 1
     suite = cells[0].suite
     tables = {"Quality": quality(frame), "Cost": cost(frame)}
-    notes = footnotes(frame, records)
+    notes = [*rates(cells), *footnotes(frame, records)]
     for title, table in tables.items():
         console.print(drawn(f"{suite.name}: {title.lower()}", table))
     for note in notes:

@@ -130,7 +130,7 @@ def finished(
     parts = {
         "environment": ENVIRONMENT,
         "size": record.Size(
-            1000, num_trainable, asked, num_trainable == asked, 2**20, 2**20, 2**20
+            1000, num_trainable, asked, num_trainable == asked, ("float32",), *[2**20] * 3
         ),
         "training": record.Training((1.0, 0.9, 0.8), steps, (0.01, 0.01, 0.01), 30, 10, 0),
         "phases": {"load": record.PhaseCost(1.0, 2**20), "train": record.PhaseCost(2.0, 2**21)},

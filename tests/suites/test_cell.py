@@ -163,5 +163,8 @@ def test_allocating_too_much_is_oom():
 
 @pytest.mark.parametrize(("met", "matched"), [(100, True), (101, True), (102, False), (98, False)])
 def test_matched_is_within_one_percent(met, matched):
-    contestant = type("Contestant", (), {"num_trainable": met})
-    assert cell_module.size(contestant, 1000, 100).matched is matched
+    model = torch.nn.Linear(2, 2).to(torch.bfloat16)
+    contestant = type("Contestant", (), {"num_trainable": met, "model": model})
+    found = cell_module.size(contestant, 1000, 100)
+    assert found.matched is matched
+    assert found.trainable_dtypes == ("bfloat16",)

@@ -75,7 +75,7 @@ def test_truncation_drops_what_has_no_target_left(write, tokenizer):
         {"input_ids": [BOS, WHO, IT, IS], "labels": [N, N, IT, IS]},
         {"input_ids": [BOS, WHO, ME, EOS], "labels": [N, N, ME, EOS]},
     ]
-    assert examples.num_dropped == 1
+    assert (examples.num_dropped, examples.num_truncated) == (1, 1)
 
 
 def test_rows_without_a_target_and_too_long_ones_are_dropped_and_counted(write, tokenizer):

@@ -70,7 +70,7 @@ def without(name):
         (without("suite_hash"), "suite_hash"),
         (without("scores"), "scores"),
         (without("schema_version"), "schema_version"),
-        (lambda values: values.update(schema_version=99), "schema 99, this version reads 1 to 3"),
+        (lambda values: values.update(schema_version=99), "schema 99, this version reads 1 to 4"),
         (lambda values: values.update(status="great"), "'great' is not one of"),
         (lambda values: values.update(surprise=1), "surprise"),
         (lambda values: values["size"].pop("num_trainable"), "num_trainable"),
@@ -106,12 +106,35 @@ def test_truncated_record_is_damaged(path):
 def test_a_record_of_an_older_schema_is_read(path, schema):
     before = finished(cell())
     values = dataclasses.asdict(before)
-    del values["training"]["yardstick_seconds"]
-    for score in values["scores"].values():
-        del score["weighs_by_size"]
+    del values["training"]["num_truncated"], values["size"]["trainable_dtypes"]
+    before = dataclasses.replace(
+        before, size=dataclasses.replace(before.size, trainable_dtypes=None)
+    )
+    if schema < 3:
+        del values["training"]["yardstick_seconds"]
+        for score in values["scores"].values():
+            del score["weighs_by_size"]
     if schema == 1:
         del values["training"]["first_step_flops"], values["training"]["resumed_at"]
         del values["environment"]["num_processes"]
     path.parent.mkdir()
     path.write_text(json.dumps({**values, "schema_version": schema}))
     assert record.read(path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"value": None}, "must be real number"),
+        ({"value": float("nan")}, "a score is not finite"),
+        ({"per_item": [1.0, None]}, "must be real number"),
+        ({"per_item": [1.0]}, "a score of 2 items has 1 values for 2 documents"),
+    ],
+)
+def test_a_score_that_cannot_be_is_damage(path, change, told):
+    values = dataclasses.asdict(finished(cell()))
+    values["scores"]["t"] |= change
+    path.parent.mkdir()
+    path.write_text(json.dumps(values))
+    with pytest.raises(DamagedRecordError, match=told):
+        record.read(path)

@@ -11,9 +11,10 @@ from rich.console import Console
 
 from suites import catalog, documents, notes, record, report, search, table
 from suites.catalog import SUITES
+from suites.plan import plan
 from suites.record import Record
 from suites.suite import Tuning
-from tests.suites.arena import ENVIRONMENT, cell, finished
+from tests.suites.arena import ENVIRONMENT, cell, finished, small_suite
 
 
 def three_seeds(method, targets, **changes):
@@ -102,6 +103,39 @@ def test_a_table_tells_how_steady_the_machine_was():
     assert notes.speed([finished(cell())]) == [], "records of before yardsticks say nothing"
 
 
+def test_the_notes_name_what_the_columns_do_not_show():
+    def made(method, dtype, dropped=0, **tuning):
+        found = finished(dataclasses.replace(cell(method), tuning=Tuning(1e-3, **tuning)))
+        size = dataclasses.replace(found.size, trainable_dtypes=(dtype,))
+        training = dataclasses.replace(found.training, num_dropped=dropped, num_truncated=4)
+        return dataclasses.replace(found, size=size, training=training)
+
+    alike = [made("lora", "float32"), made("spiel", "float32")]
+    assert notes.unlike(alike) == []
+    assert notes.unlike([made("full", "bfloat16"), *alike]) == [
+        "Trained weights are bfloat16: full; float32: lora, spiel. In 16 bits small updates round "
+        "to nothing."
+    ]
+    decayed = [made("lora", "float32"), made("spiel", "float32", weight_decay=30.0)]
+    assert notes.unlike(decayed) == ["Weight decay: spiel 30; none for the others."]
+    (note,) = notes.data([made("lora", "float32", dropped=30)])
+    assert "30 of 40 rows were dropped" in note and "4 were cut there" in note
+    assert set(notes.unlike(decayed)) < set(notes.footnotes(report.frame(decayed), decayed))
+
+
+def test_the_notes_tell_where_learning_rates_are_from():
+    suite = small_suite()
+    (lora, full), (like,) = (
+        plan(suite, names, (0,)) for names in (["lora", "full"], ["lora-bf16"])
+    )
+    picked = dataclasses.replace(full, tuning=Tuning(7.0))
+    assert notes.rates([lora, picked, like]) == [
+        "Learning rates: lora: the suite's own (--search picks them on dev); lora-bf16: lora's, "
+        "for want of one of their own; full: picked on dev."
+    ]
+    assert notes.rates([dataclasses.replace(lora, suite=small_suite(grids={}))]) == []
+
+
 def scored(of, **tasks):
     """A record with `tasks`: name -> (role, metric)."""
     like = finished(of).scores["t"]
@@ -144,7 +178,7 @@ def test_latex_means_what_the_table_says(tmp_path):
     assert "0.600 ± 0.248" in text
     assert r"beyond what the libraries hold" in text[text.index(r"\footnotesize") :]
     assert text.rstrip().endswith(r"\end{table}")
-    unescaped = re.sub(r"\\[%#_&]|&| \\\\|^%.*", "", text, flags=re.MULTILINE)
+    unescaped = re.sub(r"\\[%#_&]|&| \\\\|^%.*|\$-\$", "", text, flags=re.MULTILINE)
     assert not set(unescaped) & set("%#&<>|")
 
 
@@ -152,6 +186,9 @@ def test_what_means_something_to_latex_is_escaped():
     assert documents.escaped(r"a_b 5% & #1 {x} \y ~ ^ < > |") == (
         r"a\_b 5\% \& \#1 \{x\} \textbackslash{}y \textasciitilde{} \textasciicircum{}"
         r" \textless{} \textgreater{} \textbar{}"
+    )
+    assert (
+        documents.escaped("-0.8* / +0.1, 1e-05, lora-r8, -") == "$-$0.8* / +0.1, 1e-05, lora-r8, -"
     )
 
 
