@@ -7,7 +7,8 @@ import torch
 
 
 def largest(ranks: torch.Tensor, k: int) -> torch.Tensor:
-    """A mask [n] of the `k` highest of `ranks` [n], of equals the first; NaN counts as infinity.
+    """Places [k], ascending, of the highest of `ranks` [n], of equals the first; NaN counts as
+    infinity.
 
     Raises:
         ValueError: there are fewer than `k`, or `k` is negative.
@@ -15,15 +16,16 @@ def largest(ranks: torch.Tensor, k: int) -> torch.Tensor:
     if not 0 <= k <= len(ranks):
         raise ValueError(f"k must be in [0, {len(ranks)}], got {k}")
     if k == 0:
-        return torch.zeros_like(ranks, dtype=torch.bool)
+        return torch.empty(0, dtype=torch.int64, device=ranks.device)
     ranks = ranks.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     bound = kth_largest(ranks, k)
-    mask = ranks >= bound
-    surplus = count(mask) - k
+    found = places(ranks >= bound)
+    surplus = len(found) - k
     if surplus > 0:
-        equals = places(ranks == bound)
-        mask.index_fill_(0, equals[-surplus:], False)
-    return mask
+        equals = places(ranks.index_select(0, found) == bound)
+        stays = torch.ones(len(found), dtype=torch.bool, device=ranks.device)
+        found = found.index_select(0, places(stays.index_fill_(0, equals[-surplus:], False)))
+    return found
 
 
 def places(mask: torch.Tensor) -> torch.Tensor:

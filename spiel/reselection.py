@@ -86,7 +86,8 @@ class Exchange:
 
 def drop(deltas: torch.Tensor, n: int) -> torch.Tensor:
     """A mask [k] of the `n` deltas of smallest magnitude, of equals the first; NaN goes before."""
-    return largest(deltas.detach().abs().neg_(), n)
+    dropped = torch.zeros(len(deltas), dtype=torch.bool, device=deltas.device)
+    return dropped.index_fill_(0, largest(deltas.detach().abs().neg_(), n), True)
 
 
 def grow_by_gradients(
@@ -111,8 +112,9 @@ def grow_by_gradients(
     stays = is_active & dropped.index_select(0, slots).logical_not_()
     ranks = gradient_sums.abs().masked_fill_(stays, -1)
     grown = largest(ranks, min(n, len(stays) - count(stays)))
-    returns = slots.index_select(0, places(grown & is_active))
-    entering = places(grown & is_active.logical_not_())
+    was_active = is_active.index_select(0, grown)
+    returns = slots.index_select(0, grown.index_select(0, places(was_active)))
+    entering = grown.index_select(0, places(was_active.logical_not_()))
     leaving = dropped.index_fill_(0, returns, False)
     if len(entering) < n - len(returns):
         leaving = drop(

@@ -38,7 +38,7 @@ Reduce = Callable[[torch.Tensor], None]
 #: Entries -> what they are ranked by.
 Rank = Callable[[torch.Tensor], torch.Tensor]
 
-#: Ranks and a number k -> a mask of the k highest.
+#: Ranks and a number k -> places of the k highest, ascending.
 Best = Callable[[torch.Tensor, int], torch.Tensor]
 
 
@@ -186,8 +186,7 @@ def _as_topk(ranks: torch.Tensor, k: int) -> torch.Tensor:
     """As `largest`, but equal ranks fall as `torch.topk` lets them, as in the original code: MA's
     products are equal wherever the accumulators of rows and columns mirror each other.
     """
-    mask = torch.zeros(len(ranks), dtype=torch.bool, device=ranks.device)
-    return mask.index_fill_(0, ranks.topk(k, sorted=False).indices, True)
+    return ranks.topk(k, sorted=False).indices.sort().values
 
 
 def _highest(
@@ -201,9 +200,9 @@ def _highest(
         share = min(len(sample), round(SAMPLE_MARGIN * k / SAMPLE_STRIDE) + 1)
         where, passing = _above(entries, rank, kth_largest(sample, share))
         if len(passing) >= k:
-            kept = places(best(rank(passing), k))
+            kept = best(rank(passing), k)
             return where.index_select(0, kept), passing.index_select(0, kept)
-    where = places(best(rank(entries), k))
+    where = best(rank(entries), k)
     return where, entries.index_select(0, where)
 
 
@@ -255,23 +254,28 @@ def _largest(
     """The `k` entries of highest rank of a matrix, by ascending index; `block(start, stop)` gives
     the entries of its rows from start to stop, of which `best` decides by their `rank`.
 
-    Keeps the best so far and looks, in each block, only at what beats the least of them.
+    Keeps the best so far and looks, in each block, only at what beats the least of them. Who these
+    are is found out when there are twice as many: on a GPU each time waits for all its work.
     """
     indices = torch.empty(0, dtype=torch.int64, device=device)
     values = torch.empty(0, dtype=torch.float32, device=device)
     if k == 0:
         return indices, values
+    bound = None  # the least of k
     for start, stop in row_blocks(rows, cols):
         entries = block(start, stop)
-        if len(values) < k:
+        if bound is None:
             where, found = _highest(entries, rank, best, min(k, len(entries)))
         else:
-            where, found = _above(entries, rank, rank(values).amin())
+            where, found = _above(entries, rank, bound)
         if start == 0:
             indices, values = where, found
         else:
             indices = torch.cat([indices, where + start * cols])
             values = torch.cat([values, found])
-            kept = places(best(rank(values), min(k, len(values))))
-            indices, values = indices.index_select(0, kept), values.index_select(0, kept)
+        if len(values) > k and (bound is None or len(values) >= 2 * k or stop == rows):
+            kept = best(rank(values), k)
+            indices, values, bound = indices[kept], values[kept], None
+        if bound is None and len(values) == k and stop < rows:
+            bound = rank(values).amin()
     return indices, values

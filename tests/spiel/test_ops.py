@@ -140,6 +140,21 @@ def test_largest_gradients(shape, share):
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("order", ["rising", "falling", "equal"])
+@pytest.mark.parametrize("k", [3, 20, 60, 300])
+def test_largest_gradients_in_whatever_block_they_are(order, k):
+    rows, cols = 60, 10
+    assert len(list(blocked.row_blocks(rows, cols))) > 4
+    by_row = {"rising": torch.arange(1.0, 61), "falling": torch.arange(60.0, 0, -1)}
+    left, right = by_row.get(order, torch.ones(rows))[None], torch.ones(1, cols)
+    indices, values = blocked.largest_gradients(left, right, k)
+    dense = (left.t() @ right).view(-1)
+    expected = dense.argsort(descending=True, stable=True)[:k].sort().values
+    assert indices.tolist() == expected.tolist()
+    assert torch.equal(values, dense[expected])
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_largest_gradients_of_reduced_blocks_and_entries_as_they_were():
     left, right = operands(40, 33, 21)
     seen = []
