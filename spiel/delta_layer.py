@@ -62,8 +62,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._live: LiveEntries | None = None
-        #: What `prepare` gave, while it holds for every call: see `prepared`.
+        #: What `prepare` gave, while that holds for every call: see `prepared`.
         self._prepared: Prepared | None = None
+        self._is_in_pass = False
         #: Adapter -> the Parameter of deltas that _LAYERS knows.
         self._known: dict[str, nn.Parameter] = {}
         #: Adapter -> the dtype that its deltas were made in.
@@ -99,6 +100,20 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         adapters = tuple(self._wanted())
         self.make_live(adapters)
         return adapters, tuple(self._deltas_of(adapter) for adapter in adapters)
+
+    def adapters_and_deltas(self) -> Prepared:
+        """What `prepare` gives, or gave before in the same pass: see `prepared`."""
+        if self._prepared is not None:
+            return self._prepared
+        found = self.prepare()
+        if self._is_in_pass:
+            self._prepared = found
+        return found
+
+    @property
+    def _is_written_late(self) -> bool:
+        """Whether `prepared` leaves the layer to the call that needs it."""
+        return self._weight.is_cuda
 
     @property
     def _weight(self) -> torch.Tensor:
@@ -197,20 +212,24 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
 @contextmanager
 def prepared(layers: Iterable[DeltaLayer]) -> Iterator[None]:
-    """Within the context, as for one forward pass of the model, deltas do not change: all weights
-    are written to now, one after the other, and no layer need look after its own.
+    """Within the context, as for one forward pass of the model, deltas do not change, and each
+    weight is written to once.
 
-    Between the products of a forward pass each of these small operations would find the caches
-    full of other things, and take several times as long.
+    On a CPU that is now, one after the other: between the products of a forward pass each of these
+    small operations would find the caches full of other things, and take several times as long. On
+    a GPU it is when the layer is called: by then it is busy with the layers before, and does not
+    wait for the CPU that launches so many small kernels.
     """
     layers = list(layers)
     for layer in layers:
-        layer._prepared = layer.prepare()
+        layer._is_in_pass = True
+        if not layer._is_written_late:
+            layer.adapters_and_deltas()
     try:
         yield
     finally:
         for layer in layers:
-            layer._prepared = None
+            layer._is_in_pass, layer._prepared = False, None
 
 
 def layer_of(parameter: torch.Tensor) -> tuple[DeltaLayer, str] | None:

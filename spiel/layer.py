@@ -107,7 +107,7 @@ class SpielLinear(DeltaLayer):
         """The base layer's output [..., out_features] with the active adapters' deltas."""
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        adapters, deltas = self._prepared or self.prepare()
+        adapters, deltas = self.adapters_and_deltas()
         out = self.base_layer(x, *args, **kwargs)
         return self.tap(out, x, adapters, deltas)
 
@@ -170,7 +170,8 @@ class SpielLinear(DeltaLayer):
     def __getstate__(self) -> dict[str, Any]:
         if not self.merged:
             self.put_back()
-        return {**self.__dict__, "observers": {}, "_gradients": {}, "_known": {}, "_prepared": None}
+        tables: dict[str, Any] = {name: {} for name in ("observers", "_gradients", "_known")}
+        return {**self.__dict__, **tables, "_prepared": None, "_is_in_pass": False}
 
     def __repr__(self) -> str:
         return "spiel." + super().__repr__()

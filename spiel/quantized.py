@@ -77,7 +77,7 @@ class SpielLinear4bit(SpielLinear):
 
     @torch.compiler.disable  # as in the base class
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        adapters, deltas = self._prepared or self.prepare()
+        adapters, deltas = self.adapters_and_deltas()
         if not adapters:
             return self.base_layer(x, *args, **kwargs)
         compute_x = x.to(self._compute_dtype(x))

@@ -8,6 +8,7 @@ from torch import nn
 
 import spiel
 from spiel import ops
+from spiel.delta_layer import DeltaLayer
 from spiel.live import LiveEntries
 from spiel.model import spiel_layers
 from spiel.ops import transposed
@@ -218,8 +219,16 @@ def count_writes(monkeypatch):
     return count
 
 
-def test_a_forward_pass_writes_every_weight_once(llama, adapt, count_writes):
-    """Before the first layer runs, and not again for each new token of a generation."""
+@pytest.fixture(params=[False, True], ids=["on a CPU", "on a GPU"])
+def is_late(request, monkeypatch):
+    """Whether weights are written when their layer is called, as they are on GPUs."""
+    if request.param:
+        monkeypatch.setattr(DeltaLayer, "_is_written_late", True)
+    return request.param
+
+
+def test_a_forward_pass_writes_every_weight_once(llama, adapt, count_writes, is_late):
+    """Before the first layer runs, or in its turn; not again for each new token of a generation."""
     base = llama()
     model = adapt(copy.deepcopy(base), task_type="CAUSAL_LM")
     num_layers = len(spiel_layers(model)[1])
@@ -228,14 +237,16 @@ def test_a_forward_pass_writes_every_weight_once(llama, adapt, count_writes):
     model.base_model.model.model.layers[0].register_forward_pre_hook(
         lambda *_: before.append(count_writes())
     )
+    first, then = (0, num_layers) if is_late else (num_layers, 0)
     model(input_ids=tokens)
-    assert (before, count_writes()) == ([num_layers], 0)
+    assert (before, count_writes()) == ([first], then)
     model.generate(input_ids=tokens, max_new_tokens=5, min_new_tokens=5)
-    assert (before[1:], count_writes()) == ([num_layers, 0, 0, 0, 0], 0)
+    assert (before[1:], count_writes()) == ([first, then, 0, 0, 0], 0)
     model.base_model.model(input_ids=tokens)  # around peft: each layer looks after itself
     assert (before[6:], count_writes()) == ([0], num_layers)
 
 
+@pytest.mark.usefixtures("is_late")
 def test_a_failed_forward_pass_leaves_layers_to_themselves(two_layers, adapt, count_writes):
     model = adapt(two_layers())
     with pytest.raises(RuntimeError):
@@ -253,6 +264,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.usefixtures("is_late")
 @pytest.mark.parametrize(("change", "expected"), CHANGES.values(), ids=CHANGES)
 def test_a_layer_that_changes_within_a_forward_pass(two_layers, adapt, fill, change, expected):
     """Between the write for the whole model and the layer's own turn."""
