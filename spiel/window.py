@@ -117,7 +117,9 @@ class GradientWindow:
         self.num_steps = state["num_steps"]
         for name in ("candidates", "sums", "squares"):
             value = state[name]
-            setattr(self, name, None if value is None else value.to(self.deltas.device))
+            # A copy: sums go on in place, and the state may be loaded again.
+            own = None if value is None else value.to(self.deltas.device, copy=True)
+            setattr(self, name, own)
 
 
 def measure_scale(windows: Sequence[GradientWindow]) -> float:

@@ -146,6 +146,19 @@ def test_a_loop_resumed_from_state_dicts_goes_on_bit_for_bit(growth, stop, tmp_p
     assert_same_deltas(model, resumed, exact=True)
 
 
+def test_a_state_may_be_loaded_again():
+    """Whatever was trained after the first time."""
+    model, optimizer, reselector = make()
+    train(model, optimizer, reselector, batches(2))
+    state = copy.deepcopy(reselector.state_dict())
+    found = []
+    for _ in range(2):
+        reselector.load_state_dict(state)
+        found.append([window.sums.clone() for window in reselector.windows.values()])
+        train(model, optimizer, reselector, batches(1))
+    assert all(map(torch.equal, *found))
+
+
 def test_the_same_seed_gives_the_same_bits():
     models = []
     for _ in range(2):
