@@ -11,6 +11,8 @@ from collections.abc import Collection
 
 import torch
 
+from spiel.ranking import count, places
+
 INT32_LIMIT = 2**31
 
 
@@ -70,20 +72,18 @@ def random_support(k: int, numel: int, device: torch.device | str = "cpu") -> to
     """`k` of `numel` indices, uniformly at random without replacement, sorted, on `device`.
 
     Drawn from torch's global CPU generator, so that a seed gives the same support on any device.
-    Memory grows with `k`, not with `numel`, unless more than half of the entries are wanted.
+    Takes `numel` bytes meanwhile.
     """
     dtype = index_dtype(numel)
     if torch.device(device).type == "meta":  # shapes only: nothing to choose
         return torch.empty(k, dtype=dtype, device=device)
-    if 2 * k > numel:
-        return torch.randperm(numel, device="cpu", dtype=dtype)[:k].sort().values.to(device)
-    chosen = torch.empty(0, dtype=dtype, device="cpu")
-    while len(chosen) < k:
-        more = torch.randint(numel, (k - len(chosen) + 16,), dtype=dtype, device="cpu")
-        chosen = torch.cat([chosen, more]).unique()
-    # `unique` sorts, so the surplus is thinned at random, not cut off at the end.
-    keep = torch.randperm(len(chosen), device="cpu")[:k].sort().values
-    return chosen[keep].to(device)
+    # Of the fewer ones, which are wanted or which are not, those drawn twice are drawn again.
+    num_drawn = min(k, numel - k)
+    is_drawn = torch.zeros(numel, dtype=torch.bool, device="cpu")
+    while missing := num_drawn - count(is_drawn):
+        is_drawn[torch.randint(numel, (missing,), device="cpu")] = True
+    wanted = is_drawn if num_drawn == k else is_drawn.logical_not_()
+    return places(wanted).to(dtype).to(device)
 
 
 def row_pointers(indices: torch.Tensor, rows: int, cols: int) -> torch.Tensor:

@@ -29,7 +29,8 @@ def test_random_support_is_uniform_and_follows_the_seed():
 
 def test_indices_are_int32_where_they_fit():
     assert random_support(3, 100).dtype == torch.int32
-    assert random_support(3, 2**31).dtype == torch.int64
+    assert random_support(3, 2**31 - 1, "meta").dtype == torch.int32
+    assert random_support(3, 2**31, "meta").dtype == torch.int64
 
 
 @pytest.mark.parametrize(
