@@ -17,9 +17,13 @@ class SpielCallback(TrainerCallback):
 
     With SpielAdamW or SpielSM3 the state of the reselection travels in the optimizer's state
     dict, so a run goes on from a Trainer checkpoint as if it had never stopped.
+
+    Args:
+        adapter: which adapter, where several are active.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, adapter: str | None = None) -> None:
+        self.adapter = adapter
         self.reselector: Reselector | None = None
 
     def on_train_begin(
@@ -34,7 +38,9 @@ class SpielCallback(TrainerCallback):
         assert model is not None and optimizer is not None
         if self.reselector is not None:
             self.reselector.close()
-        reselector = Reselector(model, optimizer, state.max_steps, args.gradient_accumulation_steps)
+        reselector = Reselector(
+            model, optimizer, state.max_steps, args.gradient_accumulation_steps, self.adapter
+        )
         inner = reselector.optimizer
         if state.global_step > 0:
             reselector.load_state_dict(_state_of_step(inner, state.global_step))

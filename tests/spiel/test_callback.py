@@ -154,3 +154,20 @@ def test_an_optimizer_serves_a_second_training(tmp_path):
     )
     second.train()
     assert len(losses(second)) == STEPS
+
+
+def test_of_several_active_adapters_the_named_one_is_trained(tmp_path):
+    trainer = make_trainer(tmp_path)
+    model = trainer.model
+    model.add_adapter("other", spiel.SpielConfig(num_tunable_weights=50))
+    model.base_model.set_adapter(["default", "other"])
+    callback = spiel.SpielCallback("other")
+    trainer.remove_callback(spiel.SpielCallback)
+    trainer.add_callback(callback)
+    trainer.optimizer = spiel.SpielAdamW(model, lr=0.01)
+    before = {name: spiel.get_deltas(model, name) for name in ("default", "other")}
+    trainer.train()
+    for name, changes in {"default": False, "other": True}.items():
+        after = spiel.get_deltas(model, name)
+        same = [torch.equal(own[0], after[key][0]) for key, own in before[name].items()]
+        assert all(same) is not changes
