@@ -26,6 +26,10 @@ from spiel.targets import narrow_all_linear, refuse_shared_weights, weight_shape
 #: config after the adapter is in place.
 _HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
+#: What TRL's trainers (DPO, GRPO, KTO, RLOO) call the copy that they make of an adapter, with its
+#: very config, to train away from: they copy parameters by names as LoRA has them, and no supports.
+REFERENCE = "ref"
+
 
 class SpielModel(BaseTuner):
     """SpIEL on a pretrained model, as a peft tuner; made by `peft.get_peft_model`.
@@ -43,12 +47,24 @@ class SpielModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """What peft calls for every adapter that is made or loaded."""
         # What injection fills in is of this model: the caller may use the config for another.
-        config: Any = copy.deepcopy(self.peft_config[adapter_name])
+        given = self.peft_config[adapter_name]
+        config: Any = copy.deepcopy(given)
         self.peft_config[adapter_name] = config
         saved = list(config.modules_to_save or ())
         heads = [name for name in _HEADS.get(config.task_type, ()) if name not in saved]
         config.modules_to_save = [*saved, *heads] or None
-        return super().inject_adapter(model, adapter_name, *args, **kwargs)
+        found = super().inject_adapter(model, adapter_name, *args, **kwargs)
+        originals = [name for name, each in self.peft_config.items() if each is given]
+        if adapter_name == REFERENCE and originals:
+            self._copy_adapter(originals[0], adapter_name)
+        return found
+
+    def _copy_adapter(self, source: str, target: str) -> None:
+        """Gives the adapter `target` the supports and the deltas of `source`."""
+        for layer in self.model.modules():
+            if isinstance(layer, SpielLinear) and source in layer.spiel_deltas:
+                indices, deltas = layer.spiel_indices[source], layer.spiel_deltas[source]
+                layer.replace_support(target, indices.clone(), deltas.detach())
 
     def _prepare_adapter_config(self, peft_config: Any, _: dict) -> SpielConfig:
         if peft_config.target_modules is None:

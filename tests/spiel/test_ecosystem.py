@@ -1,5 +1,8 @@
 """SpIEL in the libraries that people train and evaluate with."""
 
+import copy
+import math
+
 import peft
 import pytest
 import torch
@@ -133,6 +136,46 @@ def test_trl_trains_with_the_callback(llama, adapt, tokenizer, tmp_path):
     assert losses[-1] < 0.9 * losses[0]
     after = spiel.get_deltas(model)
     assert any(not torch.equal(before[name][0], after[name][0]) for name in before)
+
+
+def test_trl_trains_away_from_a_copy_of_the_adapter(llama, adapt, tokenizer, tmp_path):
+    trl = pytest.importorskip("trl")
+    model = adapt(llama(initializer_range=0.3), scale=0.2, task_type="CAUSAL_LM")
+    pairs = {
+        "prompt": ["w1 w2"] * 4,
+        "chosen": [f" w{i} w3" for i in range(4)],
+        "rejected": [f" w{i + 9} w7" for i in range(4)],
+    }
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+    )
+    trainer = trl.DPOTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict(pairs),
+        processing_class=tokenizer,
+        callbacks=[spiel.SpielCallback()],
+        optimizers=(spiel.SpielAdamW(model, lr=0.01), None),
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # nothing is learned yet
+    assert losses[-1] < losses[0]
+
+
+def test_another_adapter_with_the_same_config_starts_afresh(llama, adapt):
+    model = adapt(llama(), scale=0.2, task_type="CAUSAL_LM")
+    model.add_adapter("another", model.peft_config["default"])
+    assert not any(bool(deltas.any()) for _, deltas in spiel.get_deltas(model, "another").values())
+    model.add_adapter("ref", copy.deepcopy(model.peft_config["default"]))  # nobody's copy
+    assert not any(bool(deltas.any()) for _, deltas in spiel.get_deltas(model, "ref").values())
 
 
 def test_lm_eval_loads_an_adapter_folder(llama, adapt, tokenizer, tmp_path):
