@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from spiel.ranking import places
 from spiel.reselection import Exchange, Schedule, drop, exchange, grow_by_gradients
 from spiel.sm3 import SpielSM3
 from spiel.support import Seen
+from spiel.targets import shortened
 from spiel.window import GradientWindow, end_step, measure_scale
 
 
@@ -218,6 +220,8 @@ class Reselector:
 
     def _reselect(self) -> None:
         rate = self.schedule.rate(self.t, self.is_random)
+        if self.t == self.schedule.selection_accumulation_steps:
+            self._warn_of_unused()
         for name, layer in self.layers.items():
             n = int(len(layer.spiel_deltas[self.adapter]) * rate)
             if n == 0:
@@ -227,6 +231,21 @@ class Reselector:
             elif self.windows[name].num_steps > 0:
                 self._reselect_by_gradients(layer, self.windows[name], n)
         self._check_agreement()
+
+    def _warn_of_unused(self) -> None:
+        """Tells of modules of which no gradient was seen by the first reselection."""
+        if isinstance(self.optimizer, SpielSM3):
+            deltas = {name: layer.spiel_deltas[self.adapter] for name, layer in self.layers.items()}
+            unused = [n for n, own in deltas.items() if self.optimizer.momenta(own) is None]
+        else:
+            unused = [name for name, window in self.windows.items() if window.num_steps == 0]
+        if unused:
+            warnings.warn(
+                f"no gradient reached the deltas of {len(unused)} of {len(self.layers)} modules in "
+                f"the first {self.t} steps, and they stay as they are: {shortened(unused)}. Such a "
+                "module was never called, or the model reads its weight without calling it",
+                stacklevel=2,
+            )
 
     def _reselect_by_gradients(self, layer: SpielLinear, window: GradientWindow, n: int) -> None:
         """Exchanges `n` deltas of a layer for the candidates that the window found (AG)."""

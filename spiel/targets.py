@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -33,19 +35,30 @@ def weight_shape(layer: nn.Module, name: str) -> tuple[int, int]:
     weight = layer._parameters.get("weight")
     has_own_forward = type(layer).forward not in (nn.Linear.forward, Conv1D.forward)
     is_attention_part = isinstance(layer, NonDynamicallyQuantizableLinear)
-    if has_own_forward or is_attention_part or weight is None or weight.dtype not in WEIGHT_DTYPES:
+    if has_own_forward or is_attention_part or weight is None or not _is_float(weight):
+        kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
         raise TypeError(
-            f"SpIEL cannot adapt {name}, a {type(layer).__name__}: it adapts torch.nn.Linear and "
-            "transformers' Conv1D with a float weight, and bitsandbytes' Linear4bit; leave this "
-            "module out (target_modules, exclude_modules), or load the model unquantised"
+            f"SpIEL cannot adapt {name}, a {kind}: it adapts torch.nn.Linear and "
+            "transformers' Conv1D with a float weight, and bitsandbytes' Linear4bit, that no other "
+            "kind of adapter is in; leave this module out (target_modules, exclude_modules), or "
+            "load the model unquantised"
         )
     rows, cols = weight.shape
     return rows, cols
 
 
+def _is_float(weight: torch.Tensor) -> bool:
+    """Whether it is a plain float tensor; quantised ones of classes of their own may say a float
+    dtype too. Sharded ones are another matter: see `spiel.checks`.
+    """
+    is_plain = type(weight).__name__ in ("Parameter", "DTensor")
+    return is_plain and weight.dtype in WEIGHT_DTYPES
+
+
 def narrow_all_linear(config: SpielConfig, model: nn.Module) -> None:
     """Leaves out of the full names that "all-linear" stood for what peft leaves in: the copies of
-    other adapters' `modules_to_save`, and layers that are not in `layers_to_transform`.
+    other adapters' `modules_to_save`, layers that are not in `layers_to_transform`, and, with a
+    warning, what SpIEL cannot adapt, unless that is all there is.
     """
     wrappers = [n for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     inside = tuple(f"{name}." for name in wrappers)
@@ -54,7 +67,30 @@ def narrow_all_linear(config: SpielConfig, model: nn.Module) -> None:
         names = {name for name in names if _is_in_layers(config, name)}
         if not names:
             raise ValueError(f"no layer is one of layers_to_transform {config.layers_to_transform}")
+    refused = sorted(name for name in names if not _is_adaptable(model.get_submodule(name), name))
+    if 0 < len(refused) < len(names):
+        warnings.warn(
+            f"SpIEL cannot adapt {len(refused)} of the {len(names)} modules that 'all-linear' "
+            f"stands for, and leaves them out: {shortened(refused)}",
+            stacklevel=2,
+        )
+        names -= set(refused)
     config.target_modules = names  # type: ignore[assignment]
+
+
+def _is_adaptable(module: nn.Module, name: str) -> bool:
+    layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    try:
+        weight_shape(layer, name)
+    except TypeError:
+        return False
+    return True
+
+
+def shortened(names: Sequence[str], most: int = 5) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _is_in_layers(config: SpielConfig, name: str) -> bool:

@@ -140,11 +140,32 @@ def linear8bit():
     ],
 )
 def test_unsupported_layers_are_refused_by_name(adapt, make, kind):
-    with pytest.raises(TypeError, match=f"cannot adapt layer, a {kind}: .*leave this module out"):
+    with pytest.raises(TypeError, match=f"cannot adapt layer, a .*{kind}: .*leave this module out"):
         adapt(Unsupported(make()), target_modules=["layer"])
 
 
 LORA = peft.LoraConfig(r=2, target_modules=["0"])
+
+
+class Coded(torch.Tensor):
+    """Stands for quantised tensors of classes of their own, which say that they are floats."""
+
+
+def test_a_weight_of_a_class_of_its_own_is_refused(adapt):
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(torch.Tensor._make_subclass(Coded, torch.zeros(8, 8)))
+    with pytest.raises(TypeError, match="cannot adapt layer"):
+        adapt(Unsupported(layer), target_modules=["layer"])
+
+
+def test_all_linear_leaves_out_what_cannot_be_adapted(adapt):
+    with pytest.warns(
+        UserWarning, match=r"cannot adapt 1 of the 2 modules .* leaves .* out: layer$"
+    ):
+        model = adapt(Unsupported(Scaled(8, 8)), target_modules="all-linear")
+    assert targets(model) == {"head"}
+    with pytest.raises(TypeError, match="cannot adapt 0"):
+        adapt(nn.Sequential(Scaled(8, 8)), target_modules="all-linear")
 
 
 def test_the_projection_inside_torchs_attention_is_refused(adapt):

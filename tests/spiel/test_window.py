@@ -68,12 +68,14 @@ def test_a_micro_batch_without_a_gradient_does_not_choose(x):
         assert torch.equal(window.candidates, other.windows[name].candidates)
 
 
-def test_a_weight_that_never_had_a_gradient_keeps_its_support():
+def test_a_weight_that_never_had_a_gradient_keeps_its_support(recwarn):
     model, optimizer, reselector = make()
     before = spiel.get_deltas(model)
     for _ in range(3):
         (loss_of(model) * 0).backward()
         step(optimizer, reselector)
+    (told,) = [str(each.message) for each in recwarn if "no gradient" in str(each.message)]
+    assert f"the deltas of {len(before)} of {len(before)} modules in the first" in told
     for name, (indices, _) in spiel.get_deltas(model).items():
         assert torch.equal(indices, before[name][0])
 
@@ -166,12 +168,14 @@ def test_no_candidates_of_no_deltas():
 
 
 @pytest.mark.parametrize("growth", ["ag", "ma"])
-def test_a_module_that_is_never_used_keeps_its_support(growth):
+def test_a_module_that_is_never_used_keeps_its_support(growth, recwarn):
     model, optimizer, reselector = make(growth)
     before = spiel.get_deltas(model)
     for _ in range(9):
         loss_of(model, use_expert=False).backward()
         step(optimizer, reselector)
+    (told,) = [str(each.message) for each in recwarn if "no gradient" in str(each.message)]
+    assert f"of 1 of {len(before)} modules" in told and "they stay as they are: expert." in told
     after = spiel.get_deltas(model)
     assert torch.equal(before["expert"][0], after["expert"][0])
     assert not torch.equal(before["last"][0], after["last"][0])
