@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -56,6 +57,8 @@ def preview(cells: Sequence[Cell], out: Path, way: Execution) -> int:
     # Importing the libraries makes a great many objects and no garbage: looking for some among
     # them, over and over, is a sixth of the time.
     gc.disable()
+    # It warns of a kernel for 4-bit weights on CPUs as it is imported, which no plan needs.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         from suites import preview as room
 
