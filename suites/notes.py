@@ -48,15 +48,15 @@ def unlike(records: Sequence[Record]) -> list[str]:
     decays: dict[str, float] = {}
     trained: dict[str, dict[str, None]] = {}  # dtypes -> methods; as sets, but in order
     for record in records:
-        if decay := (record.tuning or {}).get("weight_decay"):
-            decays[record.method_name] = decay
+        if record.tuning is not None:
+            decays[record.method_name] = record.tuning["weight_decay"]
         if record.size and record.size.trainable_dtypes:
             dtypes = " and ".join(record.size.trainable_dtypes)
             trained.setdefault(dtypes, {})[record.method_name] = None
     notes = []
-    if decays:
+    if len(set(decays.values())) > 1:
         named = ", ".join(f"{method} {decay:g}" for method, decay in decays.items())
-        notes.append(f"Weight decay: {named}; none for the others.")
+        notes.append(f"Weight decay: {named}.")
     if len(trained) > 1:
         named = "; ".join(f"{dtypes}: {', '.join(methods)}" for dtypes, methods in trained.items())
         notes.append(f"Trained weights are {named}. In 16 bits small updates round to nothing.")

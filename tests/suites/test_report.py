@@ -117,7 +117,7 @@ def test_the_notes_name_what_the_columns_do_not_show():
         "to nothing."
     ]
     decayed = [made("lora", "float32"), made("spiel", "float32", weight_decay=30.0)]
-    assert notes.unlike(decayed) == ["Weight decay: spiel 30; none for the others."]
+    assert notes.unlike(decayed) == ["Weight decay: lora 0, spiel 30."]
     (note,) = notes.data([made("lora", "float32", dropped=30)])
     assert "30 of 40 rows were dropped" in note and "4 were cut there" in note
     assert set(notes.unlike(decayed)) < set(notes.footnotes(report.frame(decayed), decayed))
