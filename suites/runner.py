@@ -80,6 +80,9 @@ def run(cells: Sequence[Cell], out: Path, way: Execution, view: Progress) -> Non
     world = None if made_up is None else _build_world(made_up, out, chosen, view)
     if suite.tasks:
         _check_tasks(suite, world, out, chosen, view)
+    if any(cell.entry.entry_point.startswith("spiel.") for cell in cells):
+        arguments = (suite, out / "logs" / "kernels.log")
+        children.run_child(chosen, workers.compile_kernels, [arguments], view.say)
     for cell in cells:
         view.start_cell(cell)
         status, reason = _run_one(cell, world, out, way, chosen, view)

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from suites import embedded, record
-from suites.distributed import Rank
+from suites.distributed import Rank, has_gpu
 from suites.messages import Built, Checked, Ended, Lost, Skipped, Unwritten
 from suites.plan import Cell, Execution
 from suites.progress import Report
@@ -122,6 +122,22 @@ def check_tasks(suite: Suite, world: Path | None, log: Path, connection: Connect
         connection.send(Checked())
     except ValueError as error:
         connection.send(Checked(str(error)))
+
+
+def compile_kernels(suite: Suite, log: Path, connection: Connection) -> None:
+    """What a child does before any cell of SpIEL: has its kernels for CPUs compiled and kept on
+    disk, if cells will want them. The first of them would do it too, and hold the compiler's 100 MB
+    ever after, which would count as training's.
+    """
+    _begin(log)
+    import torch
+
+    from spiel import ops
+    from spiel.ops.optional import CPU_MIN_NUMEL
+
+    is_small = suite.world is not None and suite.world.hidden_size**2 < CPU_MIN_NUMEL
+    if not is_small and not has_gpu(suite.device):
+        ops.settle(torch.device("cpu"), torch.float32, [(CPU_MIN_NUMEL // 100, CPU_MIN_NUMEL)])
 
 
 def _begin(log: Path) -> None:

@@ -1,9 +1,12 @@
 """Child processes are forked from one that has loaded the libraries, once and for all of them."""
 
 import gc
+import os
 import pickle
 import subprocess
 import sys
+
+import pytest
 
 from suites import children, record
 from suites.distributed import Rank
@@ -31,6 +34,24 @@ def test_a_child_has_the_libraries_and_does_not_look_for_garbage_among_them(tmp_
     chosen = children.context(tmp_path / "libraries.log")
     assert children.run_child(chosen, look, [()], heard.append) == 0
     assert heard == [[], (True, True)]
+
+
+@pytest.mark.parametrize(("name", "are_wanted"), [("footprint_tiny", True), ("quickstart", False)])
+def test_kernels_are_compiled_before_cells_if_these_want_them(name, are_wanted, tmp_path):
+    """Not by a cell, whose memory it would count as; small models are spared them."""
+    script = """if True:
+        import sys
+        from pathlib import Path
+        from suites import workers
+        from suites.catalog import SUITES
+        workers.compile_kernels(SUITES[sys.argv[1]], Path(sys.argv[2]) / "log", None)
+    """
+    kept = tmp_path / "kept"
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(kept)}
+    code = [sys.executable, "-c", script, name, str(tmp_path)]
+    subprocess.run(code, env=environment, check=True, timeout=240)
+    found = {path.name.partition(".")[2].partition("-")[0] for path in kept.rglob("*.nbc")}
+    assert ("_products" in found and "_write_sums" in found) is are_wanted, found
 
 
 def on_a_gpu(script, given=b""):
