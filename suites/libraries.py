@@ -1,7 +1,7 @@
 """Imports what every cell needs sooner or later, for the server process of `children`.
 
-Where there is a GPU that is torch alone: bitsandbytes, which peft imports, asks CUDA about it, and
-in a process that is forked after that CUDA does not work. torch counts GPUs without asking CUDA.
+Where a GPU's driver is installed that is torch alone: bitsandbytes, which peft imports, asks CUDA
+for GPUs, and in a process that is forked after that CUDA does not work.
 
 Importing makes some million objects and hardly any garbage, among which the garbage collector
 looks over and over: it is off meanwhile, which saves a fifth of the time. Afterwards it leaves
@@ -12,7 +12,9 @@ then short and copy no memory.
 import atexit
 import gc
 from contextlib import suppress
+from ctypes.util import find_library
 from importlib import import_module
+from pathlib import Path
 
 #: None of it may start threads.
 LIBRARIES = (
@@ -24,9 +26,9 @@ LIBRARIES = (
     "lm_eval.tasks",
 )
 
+has_driver = find_library("cuda") is not None or Path("/dev/kfd").exists()
 gc.disable()
-torch = import_module("torch")
-for name in LIBRARIES if torch.cuda.device_count() == 0 else ():
+for name in ("torch",) if has_driver else LIBRARIES:
     with suppress(ImportError):  # who needs it will say what is missing
         import_module(name)
 gc.freeze()

@@ -13,12 +13,16 @@ from suites.distributed import Rank
 from suites.plan import Execution
 from tests.suites.arena import cell, small_suite
 
-#: A process in which torch counts one GPU, and remembers which GPUs are shown when CUDA is asked.
+#: A process that finds a GPU's driver, and remembers which GPUs are shown when CUDA is asked.
 ON_A_GPU = """
-import os, pickle, sys, torch
+import ctypes.util, os, pickle, sys, torch
 asked = []
-torch.cuda.device_count = lambda: 1
-torch.cuda.is_available = lambda: bool(asked.append(os.environ.get("CUDA_VISIBLE_DEVICES")))
+def ask():
+    asked.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return 0
+ctypes.util.find_library = lambda name: "libcuda.so.1"
+torch.cuda.device_count = ask
+torch.cuda.is_available = lambda: bool(ask())
 """
 
 
