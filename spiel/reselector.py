@@ -220,32 +220,34 @@ class Reselector:
 
     def _reselect(self) -> None:
         rate = self.schedule.rate(self.t, self.is_random)
-        if self.t == self.schedule.selection_accumulation_steps:
-            self._warn_of_unused()
+        unused = self._unused()
         for name, layer in self.layers.items():
             n = int(len(layer.spiel_deltas[self.adapter]) * rate)
-            if n == 0:
+            if n == 0 or name in unused:
                 continue
             if isinstance(self.optimizer, SpielSM3):
                 self._reselect_by_momenta(layer, n)
-            elif self.windows[name].num_steps > 0:
+            else:
                 self._reselect_by_gradients(layer, self.windows[name], n)
         self._check_agreement()
 
-    def _warn_of_unused(self) -> None:
-        """Tells of modules of which no gradient was seen by the first reselection."""
+    def _unused(self) -> list[str]:
+        """The modules without a gradient, in the growth window (AG) or ever (MA), which stay as
+        they are. Warns of them at the first reselection.
+        """
         if isinstance(self.optimizer, SpielSM3):
             deltas = {name: layer.spiel_deltas[self.adapter] for name, layer in self.layers.items()}
             unused = [n for n, own in deltas.items() if self.optimizer.momenta(own) is None]
         else:
             unused = [name for name, window in self.windows.items() if window.num_steps == 0]
-        if unused:
+        if unused and self.t == self.schedule.selection_accumulation_steps:
             warnings.warn(
                 f"no gradient reached the deltas of {len(unused)} of {len(self.layers)} modules in "
                 f"the first {self.t} steps, and they stay as they are: {shortened(unused)}. Such a "
                 "module was never called, or the model reads its weight without calling it",
                 stacklevel=2,
             )
+        return unused
 
     def _reselect_by_gradients(self, layer: SpielLinear, window: GradientWindow, n: int) -> None:
         """Exchanges `n` deltas of a layer for the candidates that the window found (AG)."""
@@ -267,8 +269,7 @@ class Reselector:
         assert isinstance(self.optimizer, SpielSM3)
         deltas, indices = layer.spiel_deltas[self.adapter], layer.spiel_indices[self.adapter]
         momenta = self.optimizer.momenta(deltas)
-        if momenta is None:
-            return  # the module was never used, and stays as it is
+        assert momenta is not None  # see `_unused`
         grown = largest_products(*momenta, n, exclude=indices)
         slots = places(drop(deltas, len(grown)))
         change = self._exchange(layer, slots, grown)
