@@ -220,27 +220,23 @@ def _from_dict(values: dict[str, Any]) -> Record:
     """Rebuilds the nested dataclasses; a missing or unknown field is a TypeError."""
     values = dict(values)
     if values["environment"] is not None:
-        environment = dict(values["environment"])
-        environment["gpus"] = tuple(environment["gpus"])
-        values["environment"] = Environment(**environment)
+        values["environment"] = Environment(**_with_tuples(values["environment"]))
     if values["size"] is not None:
-        dtypes = values["size"].get("trainable_dtypes")
-        own = {"trainable_dtypes": None if dtypes is None else tuple(dtypes)}
-        values["size"] = Size(**{**values["size"], **own})
-    training = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in values["training"].items()
-    }
-    values["training"] = Training(**training)
+        values["size"] = Size(**_with_tuples(values["size"]))
+    values["training"] = Training(**_with_tuples(values["training"]))
     values["phases"] = {name: PhaseCost(**phase) for name, phase in values["phases"].items()}
     values["scores"] = {name: _score(score) for name, score in values["scores"].items()}
     return Record(**values)
 
 
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, of which JSON knows the tuples as lists only."""
+    return {name: tuple(each) if isinstance(each, list) else each for name, each in values.items()}
+
+
 def _score(values: dict[str, Any]) -> TaskScore:
     """Raises ValueError for one that is no number, or has no item for each of its documents."""
-    items = {name: tuple(values[name]) for name in ("per_item", "doc_ids")}
-    score = TaskScore(**{**values, **items})
+    score = TaskScore(**_with_tuples(values))
     if not all(map(math.isfinite, (score.value, *score.per_item))):
         raise ValueError("a score is not finite")
     if not len(score.per_item) == len(score.doc_ids) == score.num_items:
