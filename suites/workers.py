@@ -130,13 +130,14 @@ def compile_kernels(suite: Suite, log: Path, connection: Connection) -> None:
     ever after, which would count as training's.
     """
     _begin(log)
+    if has_gpu(suite.device):  # and SpIEL is not loaded yet
+        return
     import torch
 
     from spiel import ops
     from spiel.ops.optional import CPU_MIN_NUMEL
 
-    is_small = suite.world is not None and suite.world.hidden_size**2 < CPU_MIN_NUMEL
-    if not is_small and not has_gpu(suite.device):
+    if suite.world is None or suite.world.hidden_size**2 >= CPU_MIN_NUMEL:
         ops.settle(torch.device("cpu"), torch.float32, [(CPU_MIN_NUMEL // 100, CPU_MIN_NUMEL)])
 
 
