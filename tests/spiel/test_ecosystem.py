@@ -101,20 +101,30 @@ def test_transformers_own_adapters(llama, tmp_path):
     torch.testing.assert_close(other(input_ids=IDS).logits, adapted)
 
 
-def test_trl_trains_with_the_callback(llama, adapt, tokenizer, tmp_path):
+def train_with_trl(kind, model, rows, tokenizer, folder, lr, **arguments):
+    """The losses of the steps of TRL's trainer of that kind, with SpIEL's callback."""
     trl = pytest.importorskip("trl")
-    texts = [" ".join(f"w{(3 * i + j) % 44}" for i in range(8)) for j in range(16)]
-    arguments = trl.SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=12,
-        per_device_train_batch_size=8,
-        max_length=16,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        save_strategy="no",
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=model,
+        args=getattr(trl, f"{kind}Config")(
+            output_dir=str(folder),
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+            **arguments,
+        ),
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        callbacks=[spiel.SpielCallback()],
+        optimizers=(spiel.SpielAdamW(model, lr=lr), None),
     )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_trl_trains_with_the_callback(llama, adapt, tokenizer, tmp_path):
     model = adapt(
         llama(initializer_range=0.3),
         scale=0,
@@ -123,49 +133,25 @@ def test_trl_trains_with_the_callback(llama, adapt, tokenizer, tmp_path):
         selection_accumulation_steps=2,
     )
     before = spiel.get_deltas(model)
-    trainer = trl.SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_dict({"text": texts}),
-        processing_class=tokenizer,
-        callbacks=[spiel.SpielCallback()],
-        optimizers=(spiel.SpielAdamW(model, lr=0.05), None),
+    texts = [" ".join(f"w{(3 * i + j) % 44}" for i in range(8)) for j in range(16)]
+    arguments = {"max_steps": 12, "per_device_train_batch_size": 8, "max_length": 16}
+    losses = train_with_trl(
+        "SFT", model, {"text": texts}, tokenizer, tmp_path, lr=0.05, **arguments
     )
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.9 * losses[0]
     after = spiel.get_deltas(model)
     assert any(not torch.equal(before[name][0], after[name][0]) for name in before)
 
 
 def test_trl_trains_away_from_a_copy_of_the_adapter(llama, adapt, tokenizer, tmp_path):
-    trl = pytest.importorskip("trl")
     model = adapt(llama(initializer_range=0.3), scale=0.2, task_type="CAUSAL_LM")
     pairs = {
         "prompt": ["w1 w2"] * 4,
         "chosen": [f" w{i} w3" for i in range(4)],
         "rejected": [f" w{i + 9} w7" for i in range(4)],
     }
-    arguments = trl.DPOConfig(
-        output_dir=str(tmp_path),
-        max_steps=6,
-        per_device_train_batch_size=4,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        save_strategy="no",
-    )
-    trainer = trl.DPOTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_dict(pairs),
-        processing_class=tokenizer,
-        callbacks=[spiel.SpielCallback()],
-        optimizers=(spiel.SpielAdamW(model, lr=0.01), None),
-    )
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    arguments = {"max_steps": 6, "per_device_train_batch_size": 4}
+    losses = train_with_trl("DPO", model, pairs, tokenizer, tmp_path, lr=0.01, **arguments)
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # nothing is learned yet
     assert losses[-1] < losses[0]
 
