@@ -44,7 +44,7 @@ def count(mask: torch.Tensor) -> int:
 
 def kth_largest(ranks: torch.Tensor, k: int) -> torch.Tensor:
     """The `k`-th largest of `ranks` [n], counted from 1."""
-    place = len(ranks) - k
     if ranks.device.type == "cpu" and ranks.dtype == torch.float32:  # many times as fast
+        place = len(ranks) - k
         return torch.from_numpy(np.partition(ranks.numpy(), place)[place : place + 1])[0]
     return ranks.topk(k).values[-1]  # on a GPU kthvalue has one of its processors at work

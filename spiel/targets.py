@@ -78,10 +78,13 @@ def narrow_all_linear(config: SpielConfig, model: nn.Module) -> None:
     config.target_modules = names  # type: ignore[assignment]
 
 
+def _base_layer(module: nn.Module) -> Any:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def _is_adaptable(module: nn.Module, name: str) -> bool:
-    layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     try:
-        weight_shape(layer, name)
+        weight_shape(_base_layer(module), name)
     except TypeError:
         return False
     return True
@@ -106,8 +109,7 @@ def refuse_shared_weights(model: nn.Module, targets: Iterable[str]) -> None:
         users.setdefault(_place(parameter), []).append(name)
     for name in targets:
         module = model.get_submodule(name)
-        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        shared = users[_place(layer.weight)]  # type: ignore[arg-type]
+        shared = users[_place(_base_layer(module).weight)]
         if len(shared) > 1:
             raise ValueError(
                 f"the weight of {name} is shared ({', '.join(shared)}), so its deltas would change "
