@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 from pathlib import Path
 
 from suites.suite import Suite
@@ -21,15 +21,10 @@ def load_suite(path: str | Path) -> Suite:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"suite file {path} is not there")
-    spec = importlib.util.spec_from_file_location(f"user_suite_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"suite file {path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        suite = runpy.run_path(str(path)).get("SUITE")
     except Exception as error:  # whatever the user's code raises
         raise ValueError(f"suite file {path} fails: {type(error).__name__}: {error}") from error
-    suite = getattr(module, "SUITE", None)
     if not isinstance(suite, Suite):
         kind = "nothing" if suite is None else type(suite).__name__
         raise ValueError(f"suite file {path}: SUITE must be a suites.suite.Suite, it is {kind}")

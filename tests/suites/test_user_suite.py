@@ -44,6 +44,13 @@ def test_only_python_files_are_suites():
     assert not is_file("quickstart")
 
 
+def test_the_file_may_define_classes_of_its_own(tmp_path):
+    path = tmp_path / "mine.py"
+    own = "import dataclasses\n@dataclasses.dataclass\nclass Own:\n    size: int = 1\n"
+    path.write_text(f"from __future__ import annotations\n{own}{example()}")
+    assert load_suite(path).name == "mine"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
