@@ -17,15 +17,15 @@ from suites.budget import is_met
 from suites.checkpoint import Checkpoints
 from suites.data import Collator, Examples, load_examples
 from suites.distributed import Rank
-from suites.evaluate import Score, evaluate
+from suites.evaluate import evaluate, flaw
 from suites.methods import Contestant
 from suites.models import load_model, load_tokenizer
 from suites.plan import Cell, Execution
 from suites.progress import Report
 from suites.provenance import environment
-from suites.record import Record, Size, TaskScore, Training, now
+from suites.record import Record, Size, Training, now
 from suites.steps import StepMeter
-from suites.suite import Suite, Task, placed
+from suites.suite import Suite, placed
 
 
 @dataclass
@@ -204,12 +204,10 @@ def _evaluate(work: Work, contestant: Contestant, materials: Materials) -> None:
             suite.allow_code_execution,
             lambda name: work.report(Report(f"evaluate {name}")),
         )
-    flaws = {name: flaw for name, score in scores.items() if (flaw := score.flaw())}
-    work.parts["scores"] = {
-        task.name: task_score(task, scores[task.name]) for task in tasks if task.name not in flaws
-    }
+    flaws = {name: found for name, score in scores.items() if (found := flaw(score))}
+    work.parts["scores"] = {name: scores[name] for name in scores if name not in flaws}
     if flaws:  # which no record can hold
-        told = [f"task {name} scored {flaw}" for name, flaw in flaws.items()]
+        told = [f"task {name} scored {found}" for name, found in flaws.items()]
         raise train.DivergedError("; ".join(told))
 
 
@@ -233,17 +231,3 @@ def size(contestant: Contestant, num_weights: int, num_asked: int | None) -> Siz
     trained = [weight for weight in contestant.model.parameters() if weight.requires_grad]
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in trained})
     return Size(num_weights, met, num_asked, matched, tuple(dtypes))
-
-
-def task_score(task: Task, score: Score) -> TaskScore:
-    return TaskScore(
-        value=score.value,
-        metric=score.metric,
-        role=task.role,
-        split=task.split,
-        num_items=score.num_items,
-        per_item=tuple(score.per_item),
-        doc_ids=tuple(score.doc_ids),
-        subtasks=dict(score.subtasks),
-        weighs_by_size=score.weighs_by_size,
-    )

@@ -1,4 +1,4 @@
-"""lm-eval on the model in memory: one Score per task, with what every item got."""
+"""lm-eval on the model in memory: one TaskScore per task, with what every item got."""
 
 from __future__ import annotations
 
@@ -10,50 +10,16 @@ import os
 import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from suites import hub, questions
+from suites.record import TaskScore
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
     from suites.sources import Task
-
-
-@dataclass(frozen=True)
-class Score:
-    """What one task gave by one metric.
-
-    Of a group or tag the items are those of its subtasks, one subtask after the other, and the
-    value is the mean over all items where the group says so (as `mmlu`), else the mean of the
-    subtasks' values (as `tydiqa_goldp`, whose languages count alike).
-    """
-
-    value: float
-    metric: str
-    #: The metric of each item (1.0 or 0.0 for accuracy), in the order of the task's items.
-    per_item: tuple[float, ...]
-    #: lm-eval's number of each of those items, counted in its subtask.
-    doc_ids: tuple[int, ...]
-    #: The number of items of each subtask, in their order; of a task that has no others, itself.
-    subtasks: Mapping[str, int] = field(default_factory=dict)
-    #: Of a group or tag, whether the value is the mean over all items.
-    weighs_by_size: bool = True
-
-    @property
-    def num_items(self) -> int:
-        return len(self.per_item)
-
-    def flaw(self) -> str:
-        """The first value that is no finite number, as `nan on item 0`; "" if there is none."""
-        asked = [name for name, num in self.subtasks.items() for _ in range(num)]
-        for index, value in enumerate(self.per_item):
-            if not math.isfinite(value):
-                subtask = f" of {asked[index]}" if len(self.subtasks) > 1 else ""
-                return f"{value} on item {self.doc_ids[index]}{subtask}"
-        return "" if math.isfinite(self.value) else str(self.value)
 
 
 def evaluate(
@@ -65,7 +31,7 @@ def evaluate(
     limit: int | None = None,
     allow_code_execution: bool = False,
     begin: Callable[[str], None] = lambda name: None,
-) -> dict[str, Score]:
+) -> dict[str, TaskScore]:
     """Runs lm-eval's `tasks` on `model` (a transformers or peft model) as it stands.
 
     Tasks, groups and tags are found by `suites.questions`. `limit` asks only the first so many
@@ -119,7 +85,7 @@ def _check(task: Task, task_folder: str | None) -> None:
         except Exception:  # of whatever the task's own functions do with a guess
             continue
         if task.metric not in _promised(loaded):
-            _score(name, task.metric, results)
+            _score(name, task, results)
 
 
 def _promised(loaded: Any) -> set[str]:
@@ -132,7 +98,7 @@ def _promised(loaded: Any) -> set[str]:
 
 def _ask(
     harness: Any, task: Task, task_folder: str | None, limit: int | None, allow_code: bool
-) -> Score:
+) -> TaskScore:
     """One task by itself, so that what is set for it is set for no other."""
     from lm_eval import evaluate as run_tasks
 
@@ -147,15 +113,15 @@ def _ask(
             fewshot_as_multiturn=task.apply_chat_template,
             confirm_run_unsafe_code=allow_code,
         )
-    parts = {name: _score(name, task.metric, results) for name in loaded}
+    parts = {name: _score(name, task, results) for name in loaded}
     if list(parts) == [task.name]:
         return parts[task.name]
     return _pooled(task, parts, questions.weighs_by_size(task, task_folder))
 
 
-def _score(name: str, key: str, results: Mapping[str, Any]) -> Score:
-    """The Score of the subtask `name`; `key` is "metric,filter", as in lm-eval's results."""
-    values = results["results"][name]
+def _score(name: str, task: Task, results: Mapping[str, Any]) -> TaskScore:
+    """What lm-eval's `results` say of the subtask `name` of `task`."""
+    key, values = task.metric, results["results"][name]
     if key not in values:
         there = ", ".join(key for key in values if "," in key and "_stderr" not in key)
         raise ValueError(f"task {name} has no metric {key!r}; it has: {there}")
@@ -164,26 +130,42 @@ def _score(name: str, key: str, results: Mapping[str, Any]) -> Score:
     samples.sort(key=lambda sample: sample["doc_id"])
     if any(isinstance(sample[metric], list | tuple) for sample in samples):
         raise ValueError(f"metric {key!r} of task {name} is no mean over items, so none is kept")
-    return Score(
+    return TaskScore(
         value=float(values[key]),
         metric=key,
+        role=task.role,
+        split=task.split,
+        num_items=len(samples),
         per_item=tuple(float(sample[metric]) for sample in samples),
         doc_ids=tuple(sample["doc_id"] for sample in samples),
         subtasks={name: len(samples)},
     )
 
 
-def _pooled(task: Task, parts: Mapping[str, Score], by_size: bool) -> Score:
+def _pooled(task: Task, parts: Mapping[str, TaskScore], by_size: bool) -> TaskScore:
     weights = [part.num_items if by_size else 1 for part in parts.values()]
     values = [part.value for part in parts.values()]
-    return Score(
+    return TaskScore(
         value=statistics.fmean(values, weights),
         metric=task.metric,
+        role=task.role,
+        split=task.split,
+        num_items=sum(part.num_items for part in parts.values()),
         per_item=tuple(item for part in parts.values() for item in part.per_item),
         doc_ids=tuple(number for part in parts.values() for number in part.doc_ids),
         subtasks={name: part.num_items for name, part in parts.items()},
         weighs_by_size=by_size,
     )
+
+
+def flaw(score: TaskScore) -> str:
+    """The first value that is no finite number, as `nan on item 0`; "" if there is none."""
+    asked = [name for name, num in score.subtasks.items() for _ in range(num)]
+    for index, value in enumerate(score.per_item):
+        if not math.isfinite(value):
+            subtask = f" of {asked[index]}" if len(score.subtasks) > 1 else ""
+            return f"{value} on item {score.doc_ids[index]}{subtask}"
+    return "" if math.isfinite(score.value) else str(score.value)
 
 
 @contextlib.contextmanager

@@ -32,19 +32,25 @@ class DamagedRecordError(ValueError):
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What one lm-eval task said of the trained model."""
+    """What one lm-eval task said of the trained model.
+
+    Of a group or tag the items are those of its subtasks, one subtask after the other, and the
+    value is the mean over all items where the group says so (as `mmlu`), else the mean of the
+    subtasks' values (as `tydiqa_goldp`, whose languages count alike).
+    """
 
     value: float
     metric: str
     role: str
     split: str
     num_items: int
-    #: The metric of each item, in the order of `doc_ids`; 0 or 1 where it is a correctness.
+    #: The metric of each item (1.0 or 0.0 for accuracy), in the order of the task's items.
     per_item: tuple[float, ...]
+    #: lm-eval's number of each of those items, counted in its subtask.
     doc_ids: tuple[int, ...]
-    #: Of a group or tag, the number of items of each subtask, in their order.
+    #: The number of items of each subtask, in their order; of a task that has no others, itself.
     subtasks: Mapping[str, int] = field(default_factory=dict)
-    #: Whether `value` is the mean over all items; else it is that of the subtasks' means.
+    #: Whether `value` is the mean over all items.
     weighs_by_size: bool = True
 
 

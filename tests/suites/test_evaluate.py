@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from suites.evaluate import Score, check, evaluate
+from suites.evaluate import check, evaluate, flaw
 from suites.models import load_model, load_tokenizer
+from suites.record import TaskScore
 from suites.suite import ModelSource, Task
 
 TARGET = Task("world_target", "acc,none", "target")
@@ -89,13 +90,14 @@ def test_nothing_is_disturbed(loaded, world_folder, capfd):
 
 
 def test_the_first_value_that_is_not_finite_is_named():
-    score = Score(0.5, "acc,none", (1.0, 0.0, 1.0), (0, 1, 0), {"algebra": 2, "anatomy": 1})
-    assert score.flaw() == ""
-    assert dataclasses.replace(score, value=math.inf).flaw() == "inf"
+    items = (1.0, 0.0, 1.0), (0, 1, 0), {"algebra": 2, "anatomy": 1}
+    score = TaskScore(0.5, "acc,none", "target", "test", 3, *items)
+    assert flaw(score) == ""
+    assert flaw(dataclasses.replace(score, value=math.inf)) == "inf"
     odd = dataclasses.replace(score, value=math.nan, per_item=(1.0, 0.0, math.nan))
-    assert odd.flaw() == "nan on item 0 of anatomy"
+    assert flaw(odd) == "nan on item 0 of anatomy"
     whole = dataclasses.replace(odd, doc_ids=(0, 1, 2), subtasks={"odd": 3})
-    assert whole.flaw() == "nan on item 2"
+    assert flaw(whole) == "nan on item 2"
 
 
 def test_a_metric_that_is_not_there_is_refused(loaded, world_folder):

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from suites import questions, report, stats
-from suites.cell import task_score
 from suites.evaluate import check, evaluate
 from suites.models import load_model, load_tokenizer
 from suites.suite import ModelSource, Task
@@ -132,11 +131,7 @@ def test_a_paired_difference_is_that_of_lm_evals_values(loaded, folder, name):
     both = (loaded, (other, tokenizer))
     here, there = (lm_evals(each, name, folder) for each in both)
     assert here != there  # else this would test nothing
-    task = Task(name, "acc,none", "target")
-    records = [
-        finished(cell(), scores={name: task_score(task, score(each, name, folder))})
-        for each in both
-    ]
+    records = [finished(cell(), scores={name: score(each, name, folder)}) for each in both]
     paired = report.item_differences(records[:1], records[1:], "target")
     assert stats.paired_difference(*paired).mean == pytest.approx(here - there)
 
