@@ -108,20 +108,25 @@ def _stop(children: Sequence[BaseProcess]) -> None:
             child.join()
 
 
+def print_to(log: Path) -> None:
+    """Has all that this process prints go to `log` from now on, libraries' own words included."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
 @contextmanager
 def _output_to(log: Path) -> Iterator[None]:
     """Sends what is printed by a process started inside to `log`; libraries warn as they load."""
-    log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    kept = os.dup(1), os.dup(2)
     try:
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
+        print_to(log)
         yield
     finally:
         for number, original in zip((1, 2), kept, strict=True):
             os.dup2(original, number)
             os.close(original)
-        os.close(descriptor)

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from suites import embedded, record
+from suites.children import print_to
 from suites.distributed import Rank, has_gpu
 from suites.messages import Built, Checked, Ended, Lost, Skipped, Unwritten
 from suites.plan import Cell, Execution
@@ -145,11 +146,7 @@ def _begin(log: Path) -> None:
     """Leaves Ctrl-C to the parent, which ends its children itself, and prints to `log`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
+    print_to(log)
 
 
 def _die_with_parent() -> None:
