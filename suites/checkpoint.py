@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback
 
 from suites.measure import Meter
@@ -91,9 +93,6 @@ class Checkpoints(TrainerCallback):
 
     def _is_due(self) -> bool:
         """Whether to save now; ranks, whose clocks differ, do as the main one does."""
-        import torch
-        import torch.distributed as dist
-
         assert self.every_seconds is not None
         due = time.monotonic() - self._saved_at >= self.every_seconds
         if not (dist.is_available() and dist.is_initialized()):
@@ -137,8 +136,6 @@ class Checkpoints(TrainerCallback):
 
 
 def _wait_for_ranks() -> None:
-    import torch.distributed as dist
-
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
 

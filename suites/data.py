@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from suites.formats import Text, texts
 from suites.rows import read_rows
-from suites.sources import RANDOM_TOKENS
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
-
-    from suites.sources import DataSource
+from suites.sources import RANDOM_TOKENS, DataSource
 
 #: A label that the loss leaves out (torch's and transformers' convention).
 IGNORED = -100
@@ -210,8 +206,6 @@ class Collator:
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """`input_ids`, `attention_mask` and `labels`, each (examples, longest) and int64."""
-        import torch
-
         longest = max(len(example["input_ids"]) for example in examples)
 
         def padded(rows: list[list[int]], filler: int) -> torch.Tensor:

@@ -10,16 +10,15 @@ import os
 import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from suites import hub, questions
 from suites.record import TaskScore
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
-
-    from suites.sources import Task
+from suites.sources import Task
 
 
 def evaluate(
@@ -201,9 +200,6 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _same_random_state() -> Iterator[None]:
-    import numpy as np
-    import torch
-
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from suites.hub import whereabouts
 from suites.shapes import SHAPES
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from suites.sources import ModelSource
+from suites.sources import ModelSource
 
 #: The format of Tulu's models (github.com/allenai/open-instruct), for tokenizers without a chat
 #: template of their own. A BOS comes from the tokenizer.
@@ -31,8 +40,6 @@ def load_model(source: ModelSource, device: str) -> PreTrainedModel:
     Made ready to be trained: it keeps no cache of keys and values in its forward pass. Raises
     ValueError if there is no such model, see `suites.hub.whereabouts`.
     """
-    from transformers import AutoModelForCausalLM
-
     if source.shape_only:
         model = random_model(source, device)
     else:
@@ -55,8 +62,6 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     It pads with EOS where it has no padding token, and gets Tulu's chat template where it has
     none. None for one of `suites.shapes`, which has no tokenizer.
     """
-    from transformers import AutoTokenizer
-
     if source.shape_only and source.path in SHAPES:
         return None
     tokenizer = AutoTokenizer.from_pretrained(
@@ -87,9 +92,6 @@ def random_model(source: ModelSource, device: str) -> PreTrainedModel:
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A model with its weights on the meta device: shapes without values, in no time."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
@@ -98,8 +100,6 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 def config_of(source: ModelSource) -> PretrainedConfig:
     """The shape of the model of `source`; no weight is read."""
-    from transformers import AutoConfig, LlamaConfig
-
     if source.path in SHAPES:
         return LlamaConfig(**SHAPES[source.path])
     return AutoConfig.from_pretrained(
@@ -109,15 +109,9 @@ def config_of(source: ModelSource) -> PretrainedConfig:
 
 def _weights(source: ModelSource) -> dict[str, Any]:
     """The options of from_pretrained that say how weights are held."""
-    import torch
-
     dtype = getattr(torch, source.dtype)
     if source.quantize is None:
         return {"dtype": dtype}
-    from importlib.util import find_spec
-
-    from transformers import BitsAndBytesConfig
-
     if find_spec("bitsandbytes") is None:
         raise ValueError("4-bit weights need bitsandbytes; install the extra `quantized`")
     quantization = BitsAndBytesConfig(
@@ -167,8 +161,6 @@ def _fill(model: PreTrainedModel, spread: float, device: str) -> None:
 def _random(
     module: torch.nn.Module, parameter: torch.nn.Parameter, spread: float, device: str
 ) -> torch.nn.Parameter:
-    import torch
-
     if hasattr(module, "quant_state"):  # a Linear4bit, whose meta weight has no quantised form
         shape, dtype = (module.out_features, module.in_features), module.compute_dtype
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from suites import children, distributed, embedded, inputs, messages, record, workers
+from suites.hub import MISSING, missing_from_hub
 from suites.plan import Cell, Execution
 from suites.progress import Progress, Report
 from suites.record import DamagedRecordError, Record
@@ -112,8 +113,6 @@ def _check_folders(suite: Suite, out: Path) -> None:
 
 def _check_hub(suite: Suite) -> None:
     """Raises NotReadyError for what the suite needs from the hub and cannot have."""
-    from suites.hub import MISSING, missing_from_hub
-
     try:
         missing = missing_from_hub(suite)
     except ValueError as error:

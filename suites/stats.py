@@ -6,10 +6,8 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 NUM_RESAMPLES = 2000
 
@@ -84,8 +82,6 @@ def paired_difference(
     seeds is right about seeds, but sees no items where seeds agree. With one seed the interval is
     over items alone. Raises ValueError where there is nothing to compare.
     """
-    import numpy as np
-
     if not differences or not all(task.size for task in differences):
         raise ValueError("a paired difference needs at least one seed and one item")
     shares = np.ones(len(differences)) if weights is None else np.asarray(weights)
@@ -118,8 +114,6 @@ def _bootstrap(differences: Sequence[np.ndarray], shares: np.ndarray) -> tuple[f
     seeds: so what a seed's items share is not taken for independent (two-way bootstrap: Owen,
     Annals of Applied Statistics 1, 2007).
     """
-    import numpy as np
-
     generator = np.random.default_rng(0)
     num_seeds = differences[0].shape[0]
     # How often each resample draws each seed, as a share: (resamples, seeds).
@@ -137,8 +131,6 @@ def _resampled_means(
     task: np.ndarray, seeds: np.ndarray, generator: np.random.Generator
 ) -> np.ndarray:
     """Means (resamples,) of `task` (seeds, items) under `seeds` (resamples, seeds)."""
-    import numpy as np
-
     num_items = task.shape[1]
     means = np.empty(len(seeds))
     for index, weights in enumerate(seeds):
