@@ -148,7 +148,7 @@ def present(suite: Suite, kept: Sequence[Record], out: Path, against: Path) -> i
     notes = [*judgement.notes(findings), *judgement.machines(now, before)]
     console.print(drawn(title, frame))
     for note in notes:
-        console.print(note, markup=False, highlight=False)
+        console.print(note)
     num_worse = sum(finding.verdict == judgement.WORSE for finding in findings)
     say(console, f"{num_worse} of {len(findings)} measures got worse")
     path = out / "tables" / f"{safe_name(suite.name)}-gate.md"

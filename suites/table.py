@@ -39,7 +39,7 @@ def present(cells: Sequence[Cell], out: Path) -> int:
     for title, table in tables.items():
         console.print(drawn(f"{suite.name}: {title.lower()}", table))
     for note in notes:
-        console.print(note, markup=False, highlight=False)
+        console.print(note)
     path_of = {(cell.method, cell.seed): cell.record_path(out) for cell in cells}
     files = {path_of[record.method_name, record.seed]: record for record in records}
     try:
@@ -56,13 +56,17 @@ def present(cells: Sequence[Cell], out: Path) -> int:
 
 
 def make_console() -> Console:
-    """Standard output; 100 columns where it is a file or a pipe, which has no width."""
-    console = Console()
-    return console if console.is_terminal else Console(width=100)
+    """Standard output, which takes brackets in names for no markup; 100 columns where it is a file
+    or a pipe, which has no width.
+    """
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 100
+    return console
 
 
 def say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(line, soft_wrap=True)
 
 
 def load(cells: Sequence[Cell], out: Path) -> tuple[list[Record], list[str]]:

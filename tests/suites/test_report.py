@@ -200,6 +200,12 @@ def test_no_number_is_cut_where_the_terminal_is_narrow():
     assert "…" not in console.file.getvalue()
 
 
+def test_brackets_in_a_name_are_printed(capsys):
+    name = "peft:runs[old]/adapter_config.json"
+    table.make_console().print(table.drawn("t", pd.DataFrame([{"method": name}])))
+    assert name in capsys.readouterr().out
+
+
 def write_all(records, cells, out):
     for each, of in zip(records, cells, strict=True):
         record.write(each, of.record_path(out))
