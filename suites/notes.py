@@ -45,14 +45,12 @@ def footnotes(frame: pd.DataFrame, records: Sequence[Record]) -> list[str]:
 
 def unlike(records: Sequence[Record]) -> list[str]:
     """What methods do not have in common, and the columns do not show."""
-    decays: dict[str, float] = {}
-    trained: dict[str, dict[str, None]] = {}  # dtypes -> methods; as sets, but in order
-    for record in records:
-        if record.tuning is not None:
-            decays[record.method_name] = record.tuning["weight_decay"]
-        if record.size and record.size.trainable_dtypes:
-            dtypes = " and ".join(record.size.trainable_dtypes)
-            trained.setdefault(dtypes, {})[record.method_name] = None
+    decays = {each.method_name: each.tuning["weight_decay"] for each in records if each.tuning}
+    trained = report.grouped(
+        (" and ".join(each.size.trainable_dtypes), each.method_name)
+        for each in records
+        if each.size and each.size.trainable_dtypes
+    )
     notes = []
     if len(set(decays.values())) > 1:
         named = ", ".join(f"{method} {decay:g}" for method, decay in decays.items())
@@ -104,11 +102,12 @@ def metrics(records: Sequence[Record]) -> str:
     """
     said: dict[str, list[str]] = {}
     for role in ROLES:
-        tasks: dict[str, dict[str, None]] = {}  # by metric; as sets, but in order
-        for record in records:
-            for task, score in record.scores.items():
-                if score.role == role:
-                    tasks.setdefault(_metric(score.metric), {})[task] = None
+        tasks = report.grouped(
+            (_metric(score.metric), task)
+            for record in records
+            for task, score in record.scores.items()
+            if score.role == role
+        )
         named = [f"{metric} ({', '.join(names)})" for metric, names in tasks.items()]
         text = f"mean of {', '.join(named)}" if len(named) > 1 else "".join(tasks)
         said.setdefault(text, []).append(role)

@@ -76,12 +76,10 @@ def cells(records: Mapping[str, Record]) -> pd.DataFrame:
 
 def versions(records: Sequence[Record]) -> pd.DataFrame:
     """A row a package: the versions that the records were made with."""
-    found: dict[str, dict[str, None]] = {}  # as sets, but in order
-    for record in records:
-        if record.environment is not None:
-            own = {"python": record.environment.python, **record.environment.packages}
-            for package, version in own.items():
-                found.setdefault(package, {})[version] = None
+    known = [record.environment for record in records if record.environment is not None]
+    found = report.grouped(
+        pair for each in known for pair in {"python": each.python, **each.packages}.items()
+    )
     rows = [{"package": name, "version": ", ".join(each)} for name, each in found.items()]
     return pd.DataFrame(rows, columns=["package", "version"])
 

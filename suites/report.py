@@ -42,12 +42,18 @@ def require_one(
     named: Callable[[Record], str] = lambda record: f"{record.method_name} seed {record.seed}",
 ) -> None:
     """Raises MixedRecordsError, with each record `named`, unless `key` is the same for all."""
-    groups: dict[Any, dict[str, None]] = {}  # as sets, but in order
-    for record in records:
-        groups.setdefault(key(record), {})[named(record)] = None
+    groups = grouped((key(record), named(record)) for record in records)
     if len(groups) > 1:
         listed = "; ".join(f"{value}: {', '.join(names)}" for value, names in groups.items())
         raise MixedRecordsError(f"records of different {what} do not share a table ({listed})")
+
+
+def grouped(pairs: Iterable[tuple[Any, str]]) -> dict[Any, list[str]]:
+    """The first of each pair -> the seconds that come with it, each once, in order."""
+    groups: dict[Any, dict[str, None]] = {}  # as sets, but in order
+    for key, name in pairs:
+        groups.setdefault(key, {})[name] = None
+    return {key: list(names) for key, names in groups.items()}
 
 
 def frame(records: Sequence[Record], planned: Mapping[str, int] | None = None) -> pd.DataFrame:
