@@ -17,9 +17,10 @@ from suites import run
 from suites.catalog import SUITES
 from suites.options import BAD_INPUT, Parser, parse_methods
 from suites.overrides import override
-from suites.plan import choose, plan
+from suites.plan import plan
 from suites.run import FAILED
 from suites.suite import Suite
+from suites.values import choose
 
 if TYPE_CHECKING:
     import pandas as pd

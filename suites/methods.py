@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from suites.values import choose
+
 if TYPE_CHECKING:
     import torch
     from transformers import TrainerCallback
@@ -197,13 +199,11 @@ def entry_of(name: str) -> Entry:
     """The entry of METHODS, or of the file that `peft:path/to/adapter_config.json` names.
 
     What that file says becomes the entry's options, so it is hashed and recorded. Raises
-    ValueError for an unknown name, and what `peft_config.read` raises of the file.
+    ValueError for an unknown name, with the nearest methods, and what `peft_config.read` raises of
+    the file.
     """
-    if name in METHODS:
-        return METHODS[name]
     if not name.startswith(PEFT):
-        known = ", ".join(METHODS)
-        raise ValueError(f"unknown method {name!r}; choose from {known} or {PEFT}FILE")
+        return choose("method", name, METHODS)
     from suites import peft_config
 
     path = Path(name.removeprefix(PEFT))

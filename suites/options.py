@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from suites.catalog import SUITES
-from suites.methods import METHODS
-from suites.plan import Execution, entry_named, nearest
+from suites.methods import METHODS, entry_of
+from suites.plan import Execution
 from suites.sources import DTYPES, QUANTIZATIONS
 from suites.suite import Suite
+from suites.values import nearest
 
 BAD_INPUT = 2
 
@@ -145,7 +146,7 @@ def parse_methods(text: str | None, suite: Suite, searching: bool = False) -> tu
         return tuple(name for name, entry in METHODS.items() if not entry.trains or name in known)
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        entry_named(name)
+        entry_of(name)
     return tuple(dict.fromkeys(names))
 
 

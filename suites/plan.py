@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from suites.inputs import fingerprint
-from suites.methods import METHODS, PEFT, Entry, entry_of
+from suites.methods import PEFT, Entry, entry_of
 from suites.suite import WORLD, Suite, Tuning
 from suites.values import short_hash
 
@@ -105,19 +104,12 @@ def plan(
     cells = []
     for seed in seeds:
         for method in methods:
-            entry = entry_named(method)
+            entry = entry_of(method)
             key = stand_in(method, tunings)
             if entry.trains and key not in tunings:
                 raise ValueError(_lacks(suite, "learning rate", method, tunings))
             cells.append(Cell(suite, method, entry, tunings[key] if entry.trains else None, seed))
     return cells
-
-
-def entry_named(method: str) -> Entry:
-    """The entry of METHODS, or of a file of peft's; ValueError names the nearest methods."""
-    if method.startswith(PEFT):
-        return entry_of(method)
-    return choose("method", method, METHODS)
 
 
 #: Forms of LoRA take its rates; of the floor nothing is trained, so any will do.
@@ -137,7 +129,7 @@ def plan_search(suite: Suite, methods: Sequence[str], seeds: Iterable[int]) -> l
     """
     if not any(task.role == "target" for task in suite.tasks_of("dev")):
         raise ValueError(f"{suite.name} has no target task on the dev split to search with")
-    trained = [name for name in methods if entry_named(name).trains]
+    trained = [name for name in methods if entry_of(name).trains]
     if not trained:
         raise ValueError(f"nothing to search: {', '.join(methods)} does not train")
     grids = {name: suite.grids.get(stand_in(name, suite.grids)) for name in trained}
@@ -148,7 +140,7 @@ def plan_search(suite: Suite, methods: Sequence[str], seeds: Iterable[int]) -> l
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the grids differ in their number of trials: {sizes}")
     return [
-        Cell(suite, name, entry_named(name), tuning, seed, "dev")
+        Cell(suite, name, entry_of(name), tuning, seed, "dev")
         for seed in seeds
         for name in trained
         for tuning in grids[name]
@@ -163,19 +155,3 @@ def _lacks(suite: Suite, what: str, method: str, table: Mapping[str, Any]) -> st
     )
     others = f"only for {', '.join(table)}" if table else "nor for any other method"
     return f"{suite.name} has no {what} for {method!r}, {others}{hint}"
-
-
-def choose(kind: str, name: str, table: Mapping[str, Any]) -> Any:
-    """`table[name]`; ValueError names the bad value and the allowed ones, nearest first."""
-    if name in table:
-        return table[name]
-    raise ValueError(f"unknown {kind} {name!r}; choose from {', '.join(nearest(name, table))}")
-
-
-def nearest(name: str, allowed: Iterable[str]) -> list[str]:
-    """`allowed`, those most like `name` first."""
-
-    def likeness(other: str) -> float:
-        return difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio()
-
-    return sorted(allowed, key=likeness, reverse=True)

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from suites.catalog import SUITES
+from suites.methods import entry_of
 from suites.options import BAD_INPUT, execution, listing, make_parser, parse_methods, parse_seeds
 from suites.overrides import OVERRIDES, override
-from suites.plan import Cell, Execution, choose, entry_named, plan, plan_search
+from suites.plan import Cell, Execution, plan, plan_search
 from suites.suite import Suite
 from suites.user_suite import is_file, load_suite
+from suites.values import choose
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -122,7 +124,7 @@ def start_at_picks(
 
     picks = search.picks(trials, out)
     seeds = dict.fromkeys(cell.seed for cell in trials)
-    able = [name for name in methods if name in picks or not entry_named(name).trains]
+    able = [name for name in methods if name in picks or not entry_of(name).trains]
     return start(plan(trials[0].suite, able, seeds, picks), out, way)
 
 

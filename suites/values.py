@@ -1,12 +1,13 @@
-"""Frozen values: their checks, the fields that came later, and the hash that tells them apart."""
+"""Frozen values: what is allowed, what fields came later, and the hash that tells them apart."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -19,6 +20,22 @@ def require(condition: bool, message: str) -> None:
 def require_finite(name: str, value: float) -> None:
     """Raises ValueError for a value that no record can hold."""
     require(math.isfinite(value), f"{name} must be finite, got {value}")
+
+
+def choose(kind: str, name: str, table: Mapping[str, Any]) -> Any:
+    """`table[name]`; ValueError names the bad value and the allowed ones, nearest first."""
+    if name in table:
+        return table[name]
+    raise ValueError(f"unknown {kind} {name!r}; choose from {', '.join(nearest(name, table))}")
+
+
+def nearest(name: str, allowed: Iterable[str]) -> list[str]:
+    """`allowed`, those most like `name` first."""
+
+    def likeness(other: str) -> float:
+        return difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio()
+
+    return sorted(allowed, key=likeness, reverse=True)
 
 
 def added(default: Any) -> Any:

@@ -7,8 +7,9 @@ import pytest
 
 from suites.methods import METHODS
 from suites.overrides import override
-from suites.plan import nearest, plan, plan_search, records_folder, safe_name
+from suites.plan import plan, plan_search, records_folder, safe_name
 from suites.suite import ModelSource, Tuning
+from suites.values import nearest
 from tests.suites.arena import cell, small_suite
 
 
