@@ -38,9 +38,7 @@ class SpielCallback(TrainerCallback):
         assert model is not None and optimizer is not None
         if self.reselector is not None:
             self.reselector.close()
-        reselector = Reselector(
-            model, optimizer, state.max_steps, args.gradient_accumulation_steps, self.adapter
-        )
+        reselector = Reselector(model, optimizer, state.max_steps, self.adapter)
         inner = reselector.optimizer
         if state.global_step > 0:
             reselector.load_state_dict(_state_of_step(inner, state.global_step))

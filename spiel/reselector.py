@@ -41,9 +41,7 @@ class Reselector:
         optimizer: has the adapter's deltas. Growth "ma" needs SpielSM3; growth "ag" is made for
             SpielAdamW, and takes any optimiser whose state per weight has the parameter's shape:
             grown weights then start from a state of 0.
-        total_steps: length of training in optimizer steps.
-        gradient_accumulation_steps: backward passes for each optimizer step, at least 1. Only
-            checked: a step's gradients end where the optimizer steps, after however many passes.
+        total_steps: length of training in optimizer steps, however many backward passes each has.
         adapter: which adapter, where several are active.
 
     Raises:
@@ -58,13 +56,8 @@ class Reselector:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         total_steps: int,
-        gradient_accumulation_steps: int = 1,
         adapter: str | None = None,
     ) -> None:
-        if gradient_accumulation_steps < 1:
-            raise ValueError(
-                f"gradient_accumulation_steps must be at least 1, got {gradient_accumulation_steps}"
-            )
         self.adapter, self.layers = spiel_layers(model, adapter)
         config = config_of(model, self.adapter)
         self.growth: str = config.growth

@@ -68,7 +68,7 @@ def test_trace_is_reproduced(name):
     model = trace.model()
     optimizer = trace.optimizer(model)
     accumulation, steps = trace.number("gradient_accumulation_steps"), trace.number("steps")
-    reselector = spiel.Reselector(model, optimizer, steps, accumulation)
+    reselector = spiel.Reselector(model, optimizer, steps)
     batches = trace.tensors("input_ids")[""].split(accumulation)
     losses = []
     for step, micro_batches in enumerate(batches, start=1):

@@ -21,7 +21,7 @@ LLAMA = {
 SCHEDULE = {"reselection_steps": 6, "selection_accumulation_steps": 3}
 
 
-def make(growth="ag", optimizer=None, total_steps=20, accumulation=1, **config):
+def make(growth="ag", optimizer=None, total_steps=20, **config):
     torch.manual_seed(0)
     values = {"growth": growth, "num_tunable_weights": 1000, **SCHEDULE, **config}
     base = LlamaForCausalLM(LlamaConfig(**LLAMA))
@@ -29,7 +29,7 @@ def make(growth="ag", optimizer=None, total_steps=20, accumulation=1, **config):
     if optimizer is None:
         optimizer = spiel.SpielAdamW if growth == "ag" else spiel.SpielSM3
     optimizer = optimizer([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    return model, optimizer, spiel.Reselector(model, optimizer, total_steps, accumulation)
+    return model, optimizer, spiel.Reselector(model, optimizer, total_steps)
 
 
 def batches(num, size=4, seed=1):
@@ -71,7 +71,7 @@ def test_window_seeds_are_means_over_whole_optimizer_steps():
     """Defect 4 of the original: with the same candidates, accumulation changes nothing."""
     runs = {}
     for accumulation in (1, 4):
-        model, optimizer, reselector = make(total_steps=8, accumulation=accumulation)
+        model, optimizer, reselector = make(total_steps=8)
         for name, window in reselector.windows.items():
             numel = spiel_layers(model)[1][name].get_base_layer().weight.numel()
             torch.manual_seed(len(name))
@@ -217,11 +217,6 @@ def test_ma_needs_sm3():
 def test_training_too_short_is_refused():
     with pytest.raises(ValueError, match="total_steps 3 is too small"):
         make(total_steps=3)
-
-
-def test_gradient_accumulation_must_be_positive():
-    with pytest.raises(ValueError, match="must be at least 1, got 0"):
-        make(accumulation=0)
 
 
 def test_close_leaves_no_trace_in_the_model():
