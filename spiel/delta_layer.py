@@ -5,6 +5,7 @@ The weight is live (see `spiel.live`), merged, or as it was pretrained.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         spiel_indices: adapter -> buffer [k], the support: sorted flat indices into the weight.
         name: the module's name in the base model.
         shape: (rows, cols) of the stored weight, which flat indices refer to.
+        numel: its number of entries.
     """
 
     adapter_layer_names = ("spiel_deltas",)
@@ -57,6 +59,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name
         self.shape = weight_shape(base_layer, name)
+        self.numel = math.prod(self.shape)
         self.spiel_deltas = _Deltas()
         self.spiel_indices = BufferDict(persistent=True)
         self.merged_adapters: list[str] = []

@@ -39,27 +39,24 @@ class SpielLinear(DeltaLayer):
     def update_layer(self, adapter: str, k: int, dtype: torch.dtype) -> None:
         """Adds `adapter` with `k` deltas of 0 at random places."""
         device = self._weight.device
-        numel = self.shape[0] * self.shape[1]
         deltas = torch.zeros(k, dtype=dtype, device=device)
         self.spiel_deltas[adapter] = nn.Parameter(deltas)
         self._dtypes[adapter] = dtype
-        self.spiel_indices[adapter] = random_support(k, numel, device)
+        self.spiel_indices[adapter] = random_support(k, self.numel, device)
         self._deltas_of(adapter)
         self.set_adapter(self.active_adapters)
 
     def set_support(self, adapter: str, indices: torch.Tensor) -> None:
         """Replaces the support, whose size stays, and sets all deltas to 0."""
         self.check_support(adapter, indices)
-        numel = self.shape[0] * self.shape[1]
         deltas = self.spiel_deltas[adapter]
-        indices = indices.detach().to(deltas.device, index_dtype(numel), copy=True)
+        indices = indices.detach().to(deltas.device, index_dtype(self.numel), copy=True)
         self.replace_support(adapter, indices, torch.zeros_like(deltas))
 
     def check_support(self, adapter: str, indices: torch.Tensor) -> None:
         """Raises what `set_support` would raise, which then changes nothing."""
         self.refuse_merged()
-        numel = self.shape[0] * self.shape[1]
-        check_support(indices, len(self.spiel_deltas[adapter]), numel, self.name)
+        check_support(indices, len(self.spiel_deltas[adapter]), self.numel, self.name)
 
     def replace_support(self, adapter: str, indices: torch.Tensor, deltas: torch.Tensor) -> None:
         """Takes over a checked support [k] and its deltas [k]; the Parameter stays the same."""
@@ -159,7 +156,7 @@ class SpielLinear(DeltaLayer):
                 state_dict.get(f"{prefix}spiel_indices.{adapter}"),
                 state_dict.get(f"{prefix}spiel_deltas.{adapter}"),
                 len(deltas),
-                self.shape[0] * self.shape[1],
+                self.numel,
                 f"{self.name} (adapter {adapter!r})",
             )
         for adapter in self.spiel_deltas:
