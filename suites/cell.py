@@ -127,7 +127,8 @@ def _load(work: Work) -> Materials:
         tokenizer = load_tokenizer(suite.model)
         model = load_model(suite.model, work.device)
         if suite.recipe.gradient_checkpointing:
-            model.gradient_checkpointing_enable(train.CHECKPOINTING)
+            # The kind that works with frozen embeddings, as adapters have them.
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         vocab_size = model.get_input_embeddings().num_embeddings
         examples = load_examples(suite.data, tokenizer, vocab_size)
     return Materials(model, tokenizer, examples, Collator.of(tokenizer))

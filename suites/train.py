@@ -16,9 +16,6 @@ from suites.methods import Contestant
 from suites.steps import StepMeter
 from suites.suite import Recipe, Tuning
 
-#: The kind of activation checkpointing that works with frozen embeddings, as adapters have them.
-CHECKPOINTING = {"use_reentrant": False}
-
 
 class DivergedError(ArithmeticError):
     """The loss or a score is not a finite number; the message says where."""
@@ -102,8 +99,6 @@ def arguments(setup: Setup) -> TrainingArguments:
         max_steps=recipe.num_steps,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        gradient_checkpointing_kwargs=CHECKPOINTING if recipe.gradient_checkpointing else None,
         lr_scheduler_type=recipe.lr_scheduler_type,
         warmup_steps=recipe.warmup_ratio,  # below 1 the Trainer takes it as a share of all steps
         max_grad_norm=recipe.max_grad_norm,
