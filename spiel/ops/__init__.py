@@ -137,18 +137,11 @@ class SupportGradients:
         self._asked, self._backend = (_forced, left_TR.dtype), name
 
 
-def sampled_gradients(
-    left_TR: torch.Tensor, right_TC: Operand, supports: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """What `SupportGradients` of these supports gives, once."""
-    return SupportGradients(*supports)(left_TR, right_TC)
-
-
 def sampled_gradient(
     left_TR: torch.Tensor, right_TC: Operand, indices: torch.Tensor
 ) -> torch.Tensor:
-    """The entries of one support [k], as `sampled_gradients` has them."""
-    return sampled_gradients(left_TR, right_TC, [indices])[0]
+    """The entries of one support [k], as `SupportGradients` gives them, once."""
+    return SupportGradients(indices)(left_TR, right_TC)[0]
 
 
 def write_entries(
@@ -173,7 +166,7 @@ def write_entries(
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Within the context, runs `sampled_gradients` by the backend `name` (None: back to the rule).
+    """Within the context, gradients are formed by the backend `name` (None: back to the rule).
 
     The micro-batch that chooses growth candidates has a dense product all the same.
 

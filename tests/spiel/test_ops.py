@@ -359,8 +359,8 @@ def test_gradients_are_fp32_whatever_the_default(backend):
     try:
         with ops.use_backend(backend):
             supports = [random_support(9, 35), random_support(0, 35)]
-            found = [*ops.sampled_gradients(left, right, supports)]
-            found += ops.sampled_gradients(left, right, supports[1:])
+            found = ops.SupportGradients(*supports)(left, right)
+            found += ops.SupportGradients(*supports[1:])(left, right)
     finally:
         torch.set_default_dtype(torch.float32)
     assert {values.dtype for values in found} == {torch.float32}
