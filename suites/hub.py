@@ -10,8 +10,6 @@ import os
 import re
 import threading
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,11 +207,10 @@ def stay_offline_if_unreachable() -> None:
 
 
 def _answers(url: str) -> bool:
+    from huggingface_hub import get_session
+
     try:
-        request = urllib.request.Request(url, method="HEAD")
-        urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
+        get_session().head(url, timeout=TIMEOUT_SECONDS)
+    except Exception:  # of no class in common, as in _refusal
         return False
     return True
