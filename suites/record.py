@@ -17,12 +17,6 @@ from suites.provenance import Environment
 
 SCHEMA_VERSION = 4
 
-#: Schemas that are read too: what they lack has a default that says it is unknown.
-#: 1 had no first_step_flops, resumed_at and num_processes, 2 no yardstick_seconds, and no
-#: weighs_by_size, of which the default is what was taken for granted, 3 no num_truncated and
-#: trainable_dtypes.
-OLDER_SCHEMAS = (1, 2, 3)
-
 STATUSES = ("ok", "oom", "diverged", "failed", "interrupted")
 
 
@@ -79,7 +73,7 @@ class Training:
     #: Examples left out because nothing of their completion fits in max_length.
     num_dropped: int = 0
     #: Examples cut at max_length and kept.
-    num_truncated: int | None = None
+    num_truncated: int = 0
     #: Floating-point operations of the first step, as torch's counter sees them; None where it
     #: cannot. It knows nothing of operations by kernels of our own.
     first_step_flops: int | None = None
@@ -100,8 +94,8 @@ class Size:
     num_asked: int | None
     #: Whether `num_trainable` is within 1 % of `num_asked`.
     matched: bool
-    #: Of the trained weights; None in records of old.
-    trainable_dtypes: tuple[str, ...] | None = None
+    #: Of the trained weights.
+    trainable_dtypes: tuple[str, ...]
     saved_for_backward_bytes: int | None = None
     optimizer_state_bytes: int | None = None
     artifact_bytes: int | None = None
@@ -203,10 +197,8 @@ def read(path: Path) -> Record:
     if not isinstance(values, dict) or "schema_version" not in values:
         raise DamagedRecordError(f"{path}: not a record: it has no schema_version")
     found = values["schema_version"]
-    if found not in (*OLDER_SCHEMAS, SCHEMA_VERSION):
-        known = f"{OLDER_SCHEMAS[0]} to {SCHEMA_VERSION}"
-        raise DamagedRecordError(f"{path}: schema {found}, this version reads {known}")
-    values["schema_version"] = SCHEMA_VERSION
+    if found != SCHEMA_VERSION:
+        raise DamagedRecordError(f"{path}: schema {found}, this version reads {SCHEMA_VERSION}")
     try:
         return _from_dict(values)
     except (TypeError, ValueError, AttributeError, KeyError) as error:

@@ -174,24 +174,23 @@ def item_differences(
     for name in [name for name, score in pairs[0][0].scores.items() if score.role == role]:
         scores = [(a.scores[name], b.scores[name]) for a, b in pairs]
         whole = np.stack([_difference(a, b) for a, b in scores])
-        parts = np.split(whole, _ends(*scores[0]), axis=1)
+        parts = np.split(whole, _ends(scores[0][0]), axis=1)
         arrays += parts
         weights += [1 / len(parts)] * len(parts)
     return arrays, weights
 
 
 def _difference(own: TaskScore, base: TaskScore) -> np.ndarray:
-    known = own.subtasks and base.subtasks  # records of old name none
-    if own.doc_ids != base.doc_ids or (known and own.subtasks != base.subtasks):
+    if own.doc_ids != base.doc_ids or own.subtasks != base.subtasks:
         raise MixedRecordsError("records of different test items do not share a table")
     return np.subtract(own.per_item, base.per_item)
 
 
-def _ends(own: TaskScore, base: TaskScore) -> list[int]:
+def _ends(score: TaskScore) -> list[int]:
     """Where in the items each subtask but the last ends, if they count alike; else none does."""
-    # Only records of old say of a group that counts subtasks alike that it does not.
-    alike = [score for score in (own, base) if not score.weighs_by_size]
-    return list(itertools.accumulate(alike[0].subtasks.values()))[:-1] if alike else []
+    if score.weighs_by_size:
+        return []
+    return list(itertools.accumulate(score.subtasks.values()))[:-1]
 
 
 def role_means(records: Iterable[Record], role: str) -> list[float]:

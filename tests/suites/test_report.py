@@ -520,12 +520,6 @@ def test_subtasks_share_their_tasks_weight():
     )
 
 
-def test_records_of_old_did_not_say_that_subtasks_count_alike():
-    old = of_two_subtasks(cell(), 5, 500, weighs_by_size=True, subtasks={})
-    row = row_of(report.frame([old, of_two_subtasks(cell("spiel"), 3, 520)]), "spiel")
-    assert row["target_minus_lora"] == pytest.approx(-0.09)
-
-
 def test_other_subtasks_are_not_paired():
     other = of_two_subtasks(cell("spiel"), 3, 520, subtasks={"few": 10, "more": 1000})
     with pytest.raises(report.MixedRecordsError, match="different test items"):
