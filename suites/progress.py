@@ -166,7 +166,7 @@ class BarProgress:
     def __init__(self, console: Console, cells: Sequence[Cell]) -> None:
         self.forecast = Forecast(cells)
         self.bars = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),

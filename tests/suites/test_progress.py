@@ -1,6 +1,10 @@
 """What a person reads while cells run."""
 
+import dataclasses
+import io
+
 import pytest
+from rich.console import Console
 
 from suites import progress
 from suites.progress import Forecast, LineProgress, Report, clock
@@ -16,6 +20,20 @@ def test_lines_tell_phase_step_loss_and_time_left():
     view.hear(Report("train", 2, 4, 1.25))
     assert console.lines[0].startswith("[1/2] base seed 0: ok")
     assert console.lines[1].startswith("[2/2] lora seed 0: train 2/4, loss 1.250, 0:00 left")
+
+
+def test_bars_show_the_cell_its_step_and_its_loss():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    method = "peft:[/a]/adapter_config.json"  # brackets are no markup
+    of = dataclasses.replace(cell(), method=method)
+    with progress.progress(console, [of]) as view:
+        view.start_cell(of)
+        view.hear(Report("train", 2, 4, 1.25))
+        view.bars.refresh()
+        view.end_cell(of, "ok")
+    shown = console.file.getvalue()
+    assert f"{method} seed 0: train" in shown and "2/4" in shown and "loss 1.250" in shown
+    assert f"{method} seed 0: ok, in 0:00" in shown
 
 
 @pytest.fixture
