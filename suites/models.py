@@ -161,16 +161,18 @@ def _fill(model: PreTrainedModel, spread: float, device: str) -> None:
 def _random(
     module: torch.nn.Module, parameter: torch.nn.Parameter, spread: float, device: str
 ) -> torch.nn.Parameter:
-    if hasattr(module, "quant_state"):  # a Linear4bit, whose meta weight has no quantised form
-        shape, dtype = (module.out_features, module.in_features), module.compute_dtype
-    else:
-        shape, dtype = parameter.shape, parameter.dtype
+    shape, dtype = parameter.shape, parameter.dtype
+    is_packed = hasattr(module, "quant_state") and parameter is module.weight
+    if hasattr(module, "quant_state"):  # a Linear4bit, made without its dtype
+        dtype = module.compute_dtype
+    if is_packed:  # on the meta device it has no quantised form
+        shape = (module.out_features, module.in_features)
     values = torch.empty(shape, dtype=dtype, device=device)
     if len(shape) == 1:
         values.fill_(0.0 if parameter is getattr(module, "bias", None) else 1.0)
     else:
         values.normal_(0.0, spread)
-    if hasattr(module, "quant_state"):
+    if is_packed:
         kind = type(parameter)
         return kind(values, requires_grad=False, quant_type="nf4", compress_statistics=True).to(
             device

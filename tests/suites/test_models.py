@@ -175,6 +175,14 @@ def test_a_shape_in_4_bits_has_the_modules_of_a_loaded_model(folder):
     assert made(torch.arange(9)[None]).logits.isfinite().all()
 
 
+def test_a_shape_in_4_bits_keeps_its_biases_as_they_are(monkeypatch):
+    monkeypatch.setitem(SHAPES, "biased", {**SHAPES["tiny"], "attention_bias": True})
+    made = four_bit("biased", shape_only=True)
+    bias = made.model.layers[0].self_attn.q_proj.bias
+    assert (bias.shape, bias.dtype) == ((128,), torch.bfloat16)
+    assert made(torch.arange(9)[None]).logits.isfinite().all()
+
+
 def test_the_values_are_checked():
     with pytest.raises(ValueError, match="quantize '8bit' is not one of 4bit"):
         ModelSource("m", quantize="8bit")
