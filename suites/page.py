@@ -58,20 +58,21 @@ def html(
 def cells(records: Mapping[str, Record]) -> pd.DataFrame:
     """A row a record, as HTML, with a link to its file."""
     rows = []
+    tasks = dict.fromkeys(task for record in records.values() for task in record.scores)
     for path, record in records.items():
-        seconds = report.step_seconds(record)
+        seconds, scores = report.step_seconds(record), record.scores
         words = {
             "method": record.method_name,
             "seed": str(record.seed),
             "status": f"{record.status}: {record.reason}" if record.reason else record.status,
             "lr": f"{record.tuning['lr']:g}" if record.tuning else "-",
-            **{task: f"{score.value:.4f}" for task, score in record.scores.items()},
+            **{task: f"{scores[task].value:.4f}" if task in scores else "-" for task in tasks},
             "ms/step": "-" if seconds is None else f"{seconds * 1000:.1f}",
             "ended": record.ended_at,
         }
         row = {escape(key): escape(value) for key, value in words.items()}
         rows.append({**row, "record": f'<a href="{escape(path)}">JSON</a>'})
-    return pd.DataFrame(rows).fillna("-")
+    return pd.DataFrame(rows)
 
 
 def versions(records: Sequence[Record]) -> pd.DataFrame:
