@@ -66,6 +66,18 @@ def test_no_tensor_is_larger_than_the_workspace(growth, backend, dtype, monkeypa
     assert base[0].base_layer.weight.nbytes > 4 * WORKSPACE_BYTES
 
 
+def test_the_workspace_is_small():
+    """As it is, where the tests above had it smaller; and numba's memory, which they do not see."""
+    assert blocked.WORKSPACE_BYTES <= 64 * 2**20
+    compiled = pytest.importorskip("spiel.ops.compiled")
+    compiled._kept.values = compiled._kept.values[:0]
+    tokens, threads = 4000, torch.get_num_threads()
+    left, right = torch.randn(tokens, ROWS), torch.randn(tokens, COLS)
+    with ops.use_backend("compiled"):
+        ops.sampled_gradient(left, right, torch.arange(0, ROWS * COLS, 500))
+    assert compiled._kept.values.nbytes <= 1.01 * threads * (ROWS + COLS) * compiled.SLAB * 4
+
+
 def test_the_reference_would_be_caught():
     left, right = torch.randn(8, ROWS), torch.randn(8, COLS)
     with Largest() as largest:
