@@ -32,7 +32,7 @@ def build(world: World, cache_dir: Path | None = None, progress: Progress | None
     `default_cache_dir()` if None. Raises ValueError if the cache cannot be written.
     """
     cache = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    folder = cache / f"world-{_key(world)}"
+    folder = cache / name_of(world)
     if is_whole(folder):
         return folder
     report = progress or (lambda fraction, text: None)
@@ -93,9 +93,11 @@ def _write(world: World, folder: Path, report: Progress) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def _key(world: World) -> str:
+def name_of(world: World) -> str:
+    """The name of its folder, which also tells the libraries and the code that make it."""
     values = {"world": dataclasses.asdict(world), **_makers()}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    return f"world-{key}"
 
 
 def _makers() -> dict[str, dict[str, str]]:

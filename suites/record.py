@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from suites import embedded
 from suites.plan import Cell
 from suites.provenance import Environment
 
@@ -206,12 +207,16 @@ def read(path: Path) -> Record:
 
 
 def is_finished(cell: Cell, out: Path) -> bool:
-    """Whether `out` holds the record of `cell`, and it is ok; as `read` raises."""
+    """Whether `out` holds the record of `cell`, and it is ok; as `read` raises.
+
+    One of another embedded world, as other libraries make it, could share no table with new ones.
+    """
     path = cell.record_path(out)
     if not path.exists():
         return False
     found = read(path)
-    return found.status == "ok" and found.cell_hash == cell.hash
+    world = cell.suite.world and embedded.name_of(cell.suite.world)
+    return found.status == "ok" and found.cell_hash == cell.hash and found.world == world
 
 
 def _from_dict(values: dict[str, Any]) -> Record:

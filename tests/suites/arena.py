@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from suites import catalog, methods, record
+from suites import catalog, embedded, methods, record
 from suites.plan import Cell
 from suites.provenance import Environment
 from suites.suite import Budget, Recipe, Suite, Tuning
@@ -135,6 +135,7 @@ def finished(
         "training": record.Training((1.0, 0.9, 0.8), steps, (0.01, 0.01, 0.01), 30, 10, 0),
         "phases": {"load": record.PhaseCost(1.0, 2**20), "train": record.PhaseCost(2.0, 2**21)},
         "scores": {"t": score("target", target), "r": score("retention", retention)},
+        "world": of.suite.world and embedded.name_of(of.suite.world),
     }
     return record.Record.of(of, "ok", "", record.now(), **{**parts, **changes})
 

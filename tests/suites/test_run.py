@@ -206,6 +206,13 @@ def test_what_is_not_ok_or_not_the_same_is_run_again(tmp_path):
     assert runner.finished([done, failed, other, missing], tmp_path) == ([done], [])
 
 
+def test_a_cell_of_another_world_is_run_again(tmp_path):
+    """New ones could not be compared with it."""
+    of = cell()
+    record.write(finished(of, world="world-of-other-libraries"), of.record_path(tmp_path))
+    assert runner.finished([of], tmp_path) == ([], [])
+
+
 def test_damaged_record_is_named_and_run_again(arena, tmp_path, capsys):
     damaged = cell("base").record_path(tmp_path)
     damaged.parent.mkdir(parents=True)
