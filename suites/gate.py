@@ -20,7 +20,7 @@ from suites.methods import METHODS
 from suites.options import Parser, add_overrides, cells_parser
 from suites.plan import Cell, plan, records_folder, safe_name
 from suites.run import FAILED, selected
-from suites.suite import Suite
+from suites.suite import Suite, Tuning
 
 if TYPE_CHECKING:
     from suites.record import Record
@@ -57,7 +57,6 @@ def chosen(arguments: argparse.Namespace) -> tuple[Suite, list[Record]]:
     Raises ValueError if they have no ok one of a method, or if a file is no record.
     """
     suite, methods, seeds = selected(arguments)
-    plan(suite, methods, seeds)  # names what the suite does not have
     folder = records_folder(suite, arguments.against)
     records = kept_records(folder)
     if arguments.seeds is not None:
@@ -104,13 +103,27 @@ def divided(
     cells, gone = {}, []
     for each in kept:
         with contextlib.suppress(ValueError):  # the suite has this method no more
-            (cell,) = plan(suite, [each.method_name], [each.seed])
+            cell = cell_of(each, suite, against)
             is_run = cell.record_path(out).exists() or is_locked(cell.lock_path(out))
             if is_run and cell.record_path(against).exists():
                 cells[each.method_name, each.seed] = cell
                 continue
         gone.append(each)
     return list(cells.values()), gone
+
+
+def cell_of(kept: Record, suite: Suite, against: Path) -> Cell:
+    """What the record `kept` is of: at its own tuning if a search picked that, else the suite's.
+
+    Raises ValueError if the suite has no tuning for its method.
+    """
+    if kept.tuning is not None:
+        picked = {kept.method_name: Tuning(**kept.tuning)}
+        (cell,) = plan(suite, [kept.method_name], [kept.seed], picked)
+        if cell.record_path(against).exists():
+            return cell
+    (cell,) = plan(suite, [kept.method_name], [kept.seed])
+    return cell
 
 
 def loaded(
@@ -123,7 +136,29 @@ def loaded(
     (now, problems), (before, kept_problems) = load(cells, out), load(cells, against)
     lines = [f"{each.method_name} seed {each.seed}: kept, but no longer run" for each in gone]
     lines += [f"not judged: {problem}" for problem in problems + kept_problems]
-    return now, [*before, *gone], lines
+    lines += [
+        f"{each.method_name} seed {each.seed}: {each.status}: {each.reason}"
+        for each in now
+        if each.status != "ok"
+    ]
+    return now, [*before, *gone], lines + stale(now, out)
+
+
+def stale(now: Sequence[Record], out: Path) -> list[str]:
+    """A line if records were made by other code than what is judged; what is not known is passed
+    over.
+    """
+    from suites.provenance import git_revision
+
+    here = git_revision()
+    made = {each.environment.git_revision for each in now if each.environment}
+    others = sorted(each[:12] for each in made - {here, None}) if here else []
+    if not others:
+        return []
+    return [
+        f"{out} has results of revision {', '.join(others)}, and the code here is of {here[:12]}: "
+        "run them again with --force"
+    ]
 
 
 def present(suite: Suite, kept: Sequence[Record], out: Path, against: Path) -> int:
@@ -137,28 +172,31 @@ def present(suite: Suite, kept: Sequence[Record], out: Path, against: Path) -> i
 
     console, title = make_console(), f"{suite.name}: now and before"
     now, before, problems = loaded(suite, kept, out, against)
-    for problem in problems:
-        say(console, problem)
+    findings, notes = [], []
     try:
         findings = judgement.judge(now, before)
+        notes = [*judgement.notes(findings), *judgement.libraries(now, before)]
+        notes += judgement.machines(now, before)
     except judgement.MixedRecordsError as error:
-        say(console, f"not judged: {error}")
-        return FAILED
+        problems.append(f"not judged: {error}")
+    for problem in problems:
+        say(console, problem)
     frame = pd.DataFrame([judgement.row(finding) for finding in findings])
-    notes = [*judgement.notes(findings), *judgement.machines(now, before)]
-    console.print(drawn(title, frame))
+    told = judgement.conclusion(findings)
+    if findings:
+        console.print(drawn(title, frame))
     for note in notes:
         console.print(note)
-    num_worse = sum(finding.verdict == judgement.WORSE for finding in findings)
-    say(console, f"{num_worse} of {len(findings)} measures got worse")
+    say(console, told)
     path = out / "tables" / f"{safe_name(suite.name)}-gate.md"
     try:
-        write_whole(sheet(title, frame, [*problems, *notes]), path)
+        write_whole(sheet(title, frame, [told, *problems, *notes]), path)
     except OSError as error:
         say(console, f"{path} cannot be written: {error}")
         return FAILED
     say(console, f"written to {path}")
-    return FAILED if num_worse or problems else 0
+    is_worse = any(finding.verdict == judgement.WORSE for finding in findings)
+    return FAILED if is_worse or problems else 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from suites import report, stats
@@ -12,26 +13,35 @@ from suites.report import BASELINE, MixedRecordsError
 from suites.sources import ROLES
 from suites.table import MIB, number
 
-BETTER, SAME, WORSE, UNJUDGED = "better", "same", "WORSE", "-"
+BETTER, SAME, UNSURE, WORSE, UNJUDGED = "better", "same", "unsure", "WORSE", "-"
 
-#: What is let pass: of a role's mean accuracy, of step time and peak memory beside LoRA's, and of
-#: sizes, which are exact but for paths in an adapter's config.
+#: What is let pass: of a role's mean accuracy, of step time and peak memory, and of sizes, which
+#: are exact but for paths in an adapter's config.
 SCORE_LIMIT, COST_LIMIT, SIZE_LIMIT = 0.01, 0.05, 0.001
 
-SIZES = ("saved_for_backward_bytes", "optimizer_state_bytes", "artifact_bytes")
+#: Of two-sided intervals. Whether something got worse asks for one side alone, and is answered
+#: with 95 % confidence by the end of an interval of 90 %.
+CONFIDENCE = 0.9
+
+TIME, PEAK = f"step time x {BASELINE}", "train peak MiB"
+
+#: Fields of Size -> what they are called here, and how many of them are one of its units.
+SIZES = {
+    "num_trainable": ("trained weights", 1),
+    "saved_for_backward_bytes": ("saved for backward MiB", MIB),
+    "optimizer_state_bytes": ("optimizer state MiB", MIB),
+    "artifact_bytes": ("artifact MiB", MIB),
+}
 
 NOTE = (
-    f"WORSE: target or retention fell by more than {SCORE_LIMIT:g}, the 95 % interval of the "
-    "difference, paired by item and seed, lying below 0; step time or peak memory of training, as "
-    f"a ratio to {BASELINE}'s with the same seed, rose by more than {COST_LIMIT:.0%} at the low "
-    f"end of its 95 % interval over seeds; a size rose by more than {SIZE_LIMIT:.1%}; a cell is "
-    "not ok that was, or was kept but is no longer run; a measure is missing that was there, or "
-    f"has too few seeds left. Costs are judged on the same hardware alone, time and peak by two "
-    f"seeds at least, and {BASELINE}'s own not at all."
+    f"WORSE, with 95 % confidence over seeds: target or retention fell (paired by item and seed), "
+    f"and by more than {SCORE_LIMIT:g}; step time, as a ratio to {BASELINE}'s with the same seed, "
+    f"or peak memory of training rose by more than {COST_LIMIT:.0%}. Or for certain: a size rose "
+    f"by more than {SIZE_LIMIT:.1%}; a cell is not ok that was, or was kept but is no longer run; "
+    "a measure is missing that was there. unsure: the mean is past that limit, and the seeds are "
+    "too few or differ too much to tell. Time and peak are judged on the same hardware alone, by "
+    f"two seeds at least, and {BASELINE}'s time not at all."
 )
-
-#: What `_costs` measures, and its plain name.
-COSTS = {f"step time x {BASELINE}": "time", f"train peak x {BASELINE}": "memory"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ def judge(now: Sequence[Record], before: Sequence[Record]) -> list[Finding]:
     if len(worlds := {each.world for each in (*now, *before) if each.status == "ok"}) > 1:
         raise MixedRecordsError(
             f"the embedded world is another ({', '.join(sorted(map(str, worlds)))}), as it is with "
-            "other libraries: keep a new run"
+            "other libraries or other code that makes it: keep a new run"
         )
     same_machine = _hardware(now) == _hardware(before)
     findings = []
@@ -67,9 +77,9 @@ def judge(now: Sequence[Record], before: Sequence[Record]) -> list[Finding]:
         if not own or not then:
             continue
         findings += [_score(method, role, own, then) for role in ROLES if then[0].scores_of(role)]
-        if method != BASELINE:
-            findings += _costs(method, now, before, same_machine)
-        findings += _sizes(method, own, then, same_machine)
+        findings.append(_time(method, now, before, same_machine))
+        findings.append(_peak(method, own, then, same_machine))
+        findings += _sizes(method, own, then)
     return findings
 
 
@@ -100,10 +110,11 @@ def _score(method: str, role: str, own: Sequence[Record], then: Sequence[Record]
     before, now = (report.mean(report.role_means(each, role)) for each in (then, own))
     if now is None or before is None:
         return Finding(method, role, before, now, WORSE if then else UNJUDGED)
-    found = stats.paired_difference(*report.item_differences(own, then, role))
+    differences = report.item_differences(own, then, role)
+    found = stats.paired_difference(*differences, confidence=CONFIDENCE)
     verdict = SAME
-    if found.high < 0 and found.mean < -SCORE_LIMIT:
-        verdict = WORSE
+    if found.mean < -SCORE_LIMIT:
+        verdict = WORSE if found.high < 0 else UNSURE
     elif found.low > 0 and found.mean > SCORE_LIMIT:
         verdict = BETTER
     return Finding(method, role, before, now, verdict)
@@ -114,59 +125,86 @@ def _shared(records: Sequence[Record], others: Sequence[Record]) -> list[Record]
     return [each for each in records if each.seed in seeds]
 
 
-def _costs(
+def _time(
     method: str, now: Sequence[Record], before: Sequence[Record], same_machine: bool
-) -> list[Finding]:
-    """Step time and peak memory of training beside LoRA's, by which the machine's mood cancels."""
-    findings = []
-    for measure, of in zip(COSTS, (report.step_seconds, report.train_peak_bytes), strict=True):
-        then, own = _beside_lora(before, method, of), _beside_lora(now, method, of)
-        seeds = then.keys() & own.keys()
-        means = [report.mean(ratios[seed] for seed in seeds) for ratios in (then, own)]
-        verdict = UNJUDGED
-        if not seeds and then:
-            verdict = WORSE
-        elif same_machine and len(seeds) > 1:
-            verdict = _ratio_verdict(own, then)
-        elif same_machine and len(then) > 1:
-            verdict = WORSE
-        findings.append(Finding(method, measure, *means, verdict))
-    return findings
+) -> Finding:
+    """Beside LoRA's, by which the machine's mood cancels; LoRA's own is shown and not judged."""
+    if method == BASELINE:
+        means = [_mean(report.by_seed(each, method, _milliseconds)) for each in (before, now)]
+        return Finding(method, "step time ms", *means, UNJUDGED)
+    return _cost(
+        method, TIME, _beside_lora(now, method), _beside_lora(before, method), same_machine
+    )
 
 
-def _ratio_verdict(own: Mapping[int, float], then: Mapping[int, float]) -> str:
-    change = stats.paired_ratio(own, then)
-    assert change is not None and change.half_width is not None
-    low, high = change.mean - change.half_width, change.mean + change.half_width
-    return _verdict(low, high, COST_LIMIT)
+def _milliseconds(record: Record) -> float | None:
+    seconds = report.step_seconds(record)
+    return None if seconds is None else 1e3 * seconds
 
 
-def _beside_lora(
-    records: Sequence[Record], method: str, of: Callable[[Record], float | None]
-) -> Mapping[int, float]:
-    """Seed -> what `of` says of the method's record over what it says of LoRA's; neither is 0."""
-    own, base = (report.by_seed(records, name, of) for name in (method, BASELINE))
+def _beside_lora(records: Sequence[Record], method: str) -> dict[int, float]:
+    """Seed -> the method's step time over LoRA's; neither is 0."""
+    own, base = (report.by_seed(records, name, report.step_seconds) for name in (method, BASELINE))
     return {seed: own[seed] / base[seed] for seed in own if own[seed] and base.get(seed)}
 
 
-def _sizes(
+def _peak(
     method: str, own: Sequence[Record], then: Sequence[Record], same_machine: bool
-) -> list[Finding]:
-    findings = []
-    for name in SIZES:
+) -> Finding:
+    return _cost(method, PEAK, _peaks(own, method), _peaks(then, method), same_machine)
+
+
+def _peaks(records: Sequence[Record], method: str) -> dict[int, float]:
+    """Seed -> MiB, where they are not 0."""
+    found = report.by_seed(records, method, report.train_peak_bytes)
+    return {seed: num_bytes / MIB for seed, num_bytes in found.items() if num_bytes}
+
+
+def _cost(
+    method: str,
+    measure: str,
+    own: Mapping[int, float],
+    then: Mapping[int, float],
+    same_machine: bool,
+) -> Finding:
+    """Of a cost by seeds, now and before: over the seeds that both have."""
+    seeds = then.keys() & own.keys()
+    means = [_mean({seed: costs[seed] for seed in seeds}) for costs in (then, own)]
+    verdict = UNJUDGED
+    if then and not own:
+        verdict = WORSE
+    elif same_machine and len(seeds) > 1:
+        change = stats.paired_ratio(own, then, CONFIDENCE)
+        assert change is not None and change.half_width is not None
+        low, high = change.mean - change.half_width, change.mean + change.half_width
+        verdict = _verdict(low, high, COST_LIMIT)
+    return Finding(method, measure, *means, verdict)
+
+
+def _mean(costs: Mapping[int, float]) -> float | None:
+    return report.mean(costs.values())
+
+
+def _sizes(method: str, own: Sequence[Record], then: Sequence[Record]) -> Iterator[Finding]:
+    """They hang on no machine, but what is kept for backward on the kind of device."""
+    same_kind = _kinds(own) == _kinds(then)
+    for name, (measure, unit) in SIZES.items():
         before, now = (_mean_size(each, name) for each in (then, own))
         if before is None:
             continue
         verdict = UNJUDGED
         if now is None:
             verdict = WORSE
-        elif same_machine:
+        elif same_kind or name != "saved_for_backward_bytes":
             ratio = now / before if before else 1.0 + now
             verdict = _verdict(ratio, ratio, SIZE_LIMIT)
-        measure = name.removesuffix("_bytes").replace("_", " ") + " MiB"
-        sizes = [None if size is None else size / MIB for size in (before, now)]
-        findings.append(Finding(method, measure, *sizes, verdict))
-    return findings
+        sizes = [None if size is None else size / unit for size in (before, now)]
+        yield Finding(method, measure, *sizes, verdict, ",.0f" if unit == 1 else ".3f")
+
+
+def _kinds(records: Sequence[Record]) -> set[str]:
+    """`cpu` or `cuda`."""
+    return {each.environment.device.partition(":")[0] for each in records}
 
 
 def _mean_size(records: Sequence[Record], name: str) -> float | None:
@@ -177,6 +215,8 @@ def _verdict(low: float, high: float, limit: float) -> str:
     """Of a ratio between `low` and `high`, of which less is better."""
     if low > 1 + limit:
         return WORSE
+    if (low + high) / 2 > 1 + limit:
+        return UNSURE
     return BETTER if high < 1 - limit else SAME
 
 
@@ -195,16 +235,43 @@ def row(finding: Finding) -> dict[str, str]:
     }
 
 
+def conclusion(findings: Sequence[Finding]) -> str:
+    """How many got worse, and how many may have, in a line."""
+    verdicts = Counter(finding.verdict for finding in findings)
+    line = f"{verdicts[WORSE]} of {len(findings)} measures got worse"
+    if verdicts[UNSURE]:
+        line += f", {verdicts[UNSURE]} may have: more seeds would tell"
+    return line
+
+
 def notes(findings: Sequence[Finding]) -> list[str]:
-    """What the verdicts mean, and which methods have costs without one."""
-    missing = []
-    for measure, name in COSTS.items():
-        methods = [
-            each.method for each in findings if each.measure == measure and each.verdict == UNJUDGED
-        ]
-        if methods:
-            missing.append(f"{name} of {', '.join(methods)}")
-    return [NOTE, f"NOT JUDGED: {'; '.join(missing)}."] if missing else [NOTE]
+    """What the verdicts mean, and what has none that might."""
+    missing = report.grouped(
+        (each.measure, each.method)
+        for each in findings
+        if each.verdict == UNJUDGED and each.measure != "step time ms"
+    )
+    told = [f"{measure} of {', '.join(methods)}" for measure, methods in missing.items()]
+    return [NOTE, f"NOT JUDGED: {'; '.join(told)}."] if told else [NOTE]
+
+
+def libraries(now: Sequence[Record], before: Sequence[Record]) -> list[str]:
+    """What was made with other versions of libraries, or by another backend."""
+    own, then = (
+        report.grouped(used for each in records if each.status == "ok" for used in _used(each))
+        for records in (now, before)
+    )
+    return [
+        f"{what}: {' and '.join(then.get(what, ['none']))} before, "
+        f"{' and '.join(own.get(what, ['none']))} now."
+        for what in dict.fromkeys([*then, *own])
+        if then.get(what) != own.get(what)
+    ]
+
+
+def _used(record: Record) -> Iterator[tuple[str, str]]:
+    yield from record.environment.packages.items()
+    yield f"backend of {record.method_name}", record.backend or "none"
 
 
 def machines(now: Sequence[Record], before: Sequence[Record]) -> list[str]:

@@ -55,7 +55,7 @@ def environment(device: str, num_processes: int = 1, first_gpu: int = 0) -> Envi
     """
     import torch
 
-    revision = _git("rev-parse", "HEAD")
+    revision = git_revision()
     changes = _git("status", "--porcelain", "--untracked-files=no")
     num_gpus = num_processes if device.startswith("cuda") else 0
     return Environment(
@@ -71,6 +71,11 @@ def environment(device: str, num_processes: int = 1, first_gpu: int = 0) -> Envi
         device=device,
         num_processes=num_processes,
     )
+
+
+def git_revision() -> str | None:
+    """The commit that is checked out here, or None where there is no git or no repository."""
+    return _git("rev-parse", "HEAD")
 
 
 def package_versions() -> dict[str, str]:

@@ -171,6 +171,8 @@ def item_differences(
     weights: list[float] = []
     if not pairs:
         return arrays, weights
+    if len({frozenset(record.scores) for pair in pairs for record in pair}) > 1:
+        raise MixedRecordsError("records of different tasks do not share a table")
     for name in [name for name, score in pairs[0][0].scores.items() if score.role == role]:
         scores = [(a.scores[name], b.scores[name]) for a, b in pairs]
         whole = np.stack([_difference(a, b) for a, b in scores])

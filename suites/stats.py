@@ -28,8 +28,8 @@ class Estimate:
     standard_error: float | None = None
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and 95 % interval by Student's t, which takes the values as a sample of a normal.
+def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """Mean and two-sided interval by Student's t, which takes the values as a sample of a normal.
 
     One value has no interval. Raises ValueError for none.
     """
@@ -41,23 +41,25 @@ def estimate(values: Sequence[float]) -> Estimate:
     from scipy.stats import t
 
     error = statistics.stdev(values) / math.sqrt(num)
-    half_width = float(t.ppf(0.975, num - 1)) * error
+    half_width = float(t.ppf((1 + confidence) / 2, num - 1)) * error
     return Estimate(mean, half_width, num, error)
 
 
-def paired_ratio(values: Mapping[int, float], base: Mapping[int, float]) -> Estimate | None:
+def paired_ratio(
+    values: Mapping[int, float], base: Mapping[int, float], confidence: float = 0.95
+) -> Estimate | None:
     """Mean of `values[seed] / base[seed]` over the seeds that both have; None if they share none.
 
     Pairing takes out what a seed's cells have in common: its data order, and the state that the
     machine was in while they ran one after the other.
     """
     ratios = [values[seed] / base[seed] for seed in sorted(values) if seed in base]
-    return estimate(ratios) if ratios else None
+    return estimate(ratios, confidence) if ratios else None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference, its 95 % interval, and the two-sided p-value of there being none.
+    """A mean difference, its interval, and the two-sided p-value of there being none.
 
     The p-value is None for a single seed, which cannot tell how far trainings differ.
     """
@@ -69,7 +71,9 @@ class Difference:
 
 
 def paired_difference(
-    differences: Sequence[np.ndarray], weights: Sequence[float] | None = None
+    differences: Sequence[np.ndarray],
+    weights: Sequence[float] | None = None,
+    confidence: float = 0.95,
 ) -> Difference:
     """The mean of paired differences; of two tests the wider interval and the larger p-value.
 
@@ -86,9 +90,9 @@ def paired_difference(
         raise ValueError("a paired difference needs at least one seed and one item")
     shares = np.ones(len(differences)) if weights is None else np.asarray(weights)
     shares = shares / shares.sum()
-    low, high, p_value = _bootstrap(differences, shares)
+    low, high, p_value = _bootstrap(differences, shares, confidence)
     by_seed = shares @ [task.mean(axis=1) for task in differences]
-    found = estimate(by_seed.tolist())
+    found = estimate(by_seed.tolist(), confidence)
     if found.half_width is not None:
         low, high = (
             min(low, found.mean - found.half_width),
@@ -107,8 +111,10 @@ def _t_test(values: np.ndarray) -> float:
     return float(ttest_1samp(values, 0.0).pvalue)
 
 
-def _bootstrap(differences: Sequence[np.ndarray], shares: np.ndarray) -> tuple[float, float, float]:
-    """The 95 % interval of the mean over tasks by their `shares`, and its two-sided p-value.
+def _bootstrap(
+    differences: Sequence[np.ndarray], shares: np.ndarray, confidence: float
+) -> tuple[float, float, float]:
+    """The interval of the mean over tasks by their `shares`, and its two-sided p-value.
 
     Each resample draws seeds, the same for all tasks, and items of each task, the same for all
     seeds: so what a seed's items share is not taken for independent (two-way bootstrap: Owen,
@@ -121,7 +127,7 @@ def _bootstrap(differences: Sequence[np.ndarray], shares: np.ndarray) -> tuple[f
     means = np.zeros(NUM_RESAMPLES)
     for task, share in zip(differences, shares, strict=True):
         means += share * _resampled_means(task, seeds / num_seeds, generator)
-    low, high = np.quantile(means, (0.025, 0.975))
+    low, high = np.quantile(means, ((1 - confidence) / 2, (1 + confidence) / 2))
     # A difference of exactly 0 speaks for neither side, so it counts for both.
     tail = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
     return float(low), float(high), min(1.0, float(2 * (tail + 1) / (NUM_RESAMPLES + 1)))
