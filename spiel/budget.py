@@ -61,7 +61,7 @@ def check_saved(config: SpielConfig, shapes: Mapping[str, tuple[int, int]]) -> N
             )
     for name, shape in shapes.items():
         if name not in config.num_deltas:
-            raise ValueError(f"num_deltas says nothing of the targeted module {name}")
+            raise ValueError(f"num_deltas has no entry for the targeted module {name}")
         saved = (config.weight_shapes or {}).get(name, list(shape))
         if tuple(saved) != shape:
             raise ValueError(

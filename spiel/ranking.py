@@ -7,7 +7,7 @@ import torch
 
 
 def largest(ranks: torch.Tensor, k: int) -> torch.Tensor:
-    """Places [k], ascending, of the highest of `ranks` [n], of equals the first; NaN counts as
+    """Places [k], ascending, of the highest of `ranks` [n]; of ties the first, and NaN counts as
     infinity.
 
     Raises:

@@ -85,7 +85,7 @@ class Exchange:
 
 
 def drop(deltas: torch.Tensor, n: int) -> torch.Tensor:
-    """A mask [k] of the `n` deltas of smallest magnitude, of equals the first; NaN goes before."""
+    """A mask [k] of the `n` deltas of smallest magnitude: NaN first, of ties the lowest index."""
     dropped = torch.zeros(len(deltas), dtype=torch.bool, device=deltas.device)
     return dropped.index_fill_(0, largest(deltas.detach().abs().neg_(), n), True)
 

@@ -26,7 +26,7 @@ TIMEOUT_SECONDS = 2.0
 WEIGHTS = (".safetensors", ".bin")
 
 #: What stands above the lines of `missing_from_hub`.
-MISSING = "what has to come from the hub cannot:"
+MISSING = "cannot be had from the hub:"
 
 #: How a message names the flag that takes a local path instead.
 MODEL_INSTEAD = "--model takes a local model folder"
@@ -138,7 +138,7 @@ def _refusal(kind: str, path: str) -> str | None:
     except RepositoryNotFoundError:
         return "the hub has no such repository, or it is private and HF_TOKEN is not set"
     except Exception as error:  # offline errors have no class in common, not even OSError
-        return f"the hub cannot be asked ({type(error).__name__})"
+        return f"the hub cannot be reached ({type(error).__name__})"
     return None
 
 

@@ -38,7 +38,7 @@ def make_parser() -> Parser:
         "Trains and evaluates methods on a suite, seed by seed, and prints the table.",
     )
     add = parser.add_argument
-    add("--search", action="store_true", help="try each grid on dev, run the seeds at the pick")
+    add("--search", action="store_true", help="pick learning rates on dev, then run the seeds")
     add("--search-only", action="store_true", help="try each grid on dev and stop")
     add("--plan", action="store_true", help="say what would run, its memory and time, and stop")
     add("--list", action="store_true", help="list suites and methods and stop")
@@ -50,7 +50,7 @@ def make_parser() -> Parser:
 def cells_parser(
     prog: str,
     description: str,
-    methods: str = "all the suite has tuned",
+    methods: str = "all methods the suite has a learning rate for",
     seeds: str = "the suite's",
 ) -> Parser:
     """A parser of what names the cells of a suite; `methods` and `seeds` say which are default."""
@@ -72,14 +72,14 @@ def add_overrides(parser: Parser) -> None:
     add("--tasks", type=_text, metavar="A,B", help="tasks of the suite; others as name:metric:role")
     add("--task-folder", type=_text, metavar="DIR", help="lm-eval YAML and copies of hub data sets")
     add("--steps", type=_count, metavar="N", help="train steps")
-    add("--batch-size", type=_count, metavar="N", help="sequences of a micro-batch")
-    add("--limit", type=_count, metavar="N", help="at most N items of each task")
-    add("--seq-len", type=_count, metavar="N", help="tokens at which examples are cut")
+    add("--batch-size", type=_count, metavar="N", help="sequences per micro-batch")
+    add("--limit", type=_count, metavar="N", help="at most N items per task")
+    add("--seq-len", type=_count, metavar="N", help="cut examples at N tokens")
     add("--dtype", choices=DTYPES, help="dtype of the base model")
     add("--quantize", choices=QUANTIZATIONS, help="base model in 4 bits (bitsandbytes nf4)")
     add("--budget", type=_text, metavar="B", help="trainable weights: r64, a number, or a density")
     add("--gradient-checkpointing", action="store_true", help="recompute activations")
-    add("--allow-code-execution", action="store_true", help="ask tasks that run generated code")
+    add("--allow-code-execution", action="store_true", help="include tasks that run generated code")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add("--device", type=_device, metavar="D", help="cpu, cuda or cuda:N")
 
@@ -131,7 +131,9 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     bad = [part for part in parts if not part.isascii() or not part.isdigit()]
     if bad:
-        raise ValueError(f"--seeds: {bad[0]!r} in {text!r} is no whole number; allowed: as 0,1,2")
+        raise ValueError(
+            f"--seeds: {bad[0]!r} in {text!r} is not a whole number; allowed: as 0,1,2"
+        )
     if int(max(parts, key=int)) >= 2**32:
         raise ValueError(f"--seeds: {max(parts, key=int)} is too large; allowed: below 2**32")
     if len({int(part) for part in parts}) < len(parts):

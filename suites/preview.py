@@ -35,7 +35,8 @@ FEW = 4
 NOTE = (
     f"{UNMATCHED} not matched to the budget. "
     "Bytes by shapes, of one process: weights, gradients, optimizer, activations at full length "
-    "(suites/estimate.py has the formulas). Time of a cell: by finished ones on this hardware."
+    "(suites/estimate.py has the formulas). Time of a cell: estimated from finished ones on this "
+    "hardware."
 )
 
 

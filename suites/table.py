@@ -77,7 +77,7 @@ def load(cells: Sequence[Cell], out: Path) -> tuple[list[Record], list[str]]:
         path = cell.record_path(out)
         try:
             if not path.exists() and is_locked(cell.lock_path(out)):
-                problems.append(f"{progress.title(cell)} is in work by another run")
+                problems.append(f"{progress.title(cell)} is being run by another process")
                 continue
             found = read(path)
         except DamagedRecordError as error:

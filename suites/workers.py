@@ -75,7 +75,7 @@ def _only_worker(cell: Cell, out: Path, way: Execution, rank: Rank) -> Iterator[
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        yield "in work by another run"
+        yield "being run by another process"
         return
     with lock:
         if way.force:

@@ -186,7 +186,7 @@ def test_a_shared_weight_is_refused(llama, adapt, two_layers):
 
 def test_num_deltas_must_be_of_the_targeted_modules(two_layers):
     for num_deltas, message in [
-        ({"first": 3}, "num_deltas says nothing of the targeted module second"),
+        ({"first": 3}, "num_deltas has no entry for the targeted module second"),
         ({"first": 3, "second": 2, "third": 1}, "num_deltas names third"),
         ({"first": 3, "second": 97}, "second: num_deltas 97 is not between 0 and .* 96"),
     ]:

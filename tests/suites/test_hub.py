@@ -132,7 +132,7 @@ def test_what_is_cached_is_not_missed(offline, caches, tmp_path):
     [
         (refusal(GatedRepoError, "gated"), "its owner has to grant access"),
         (refusal(RepositoryNotFoundError, "none"), "no such repository, or it is private"),
-        (TimeoutError(), r"the hub cannot be asked \(TimeoutError\)"),
+        (TimeoutError(), r"the hub cannot be reached \(TimeoutError\)"),
     ],
 )
 def test_each_refusal_says_what_it_is(monkeypatch, error, message):

@@ -52,9 +52,9 @@ def test_a_second_runner_leaves_cells_in_work_alone(start, tmp_path):
     second = start()
     printed, told = second.communicate(timeout=120)
     assert "1 of 2 cells are finished and skipped" in told
-    assert "lora seed 0: skipped: in work by another run" in told
+    assert "lora seed 0: skipped: being run by another process" in told
     assert second.returncode == 1  # the table is not whole
-    assert "lora seed 0 is in work by another run" in printed
+    assert "lora seed 0 is being run by another process" in printed
     assert "base" in printed
 
     family = psutil.Process(first.pid).children(recursive=True)
