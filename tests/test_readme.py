@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from suites.run import main
 from tests.baselines.llama import make_llama
 
 README = Path(__file__).parents[1] / "README.md"
@@ -28,3 +29,8 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     names["model"].train()
     exec(loop, names)
     assert names["reselector"].t == len(tokens)
+
+
+def test_the_list_of_the_readme_is_what_is_printed(capsys):
+    assert main(["--list"]) == 0
+    assert f"```\n{capsys.readouterr().out}```\n" in README.read_text()
