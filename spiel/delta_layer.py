@@ -6,6 +6,7 @@ The weight is live (see `spiel.live`), merged, or as it was pretrained.
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,10 @@ from spiel.targets import weight_shape
 #: The layer of every delta Parameter seen so far, for optimisers that need the weight's geometry.
 #: Beside the Parameters, not on them: a Parameter with a layer attached could not be pickled.
 _LAYERS = WeakIdKeyDictionary()
+
+#: Held while pretrained entries are read: of two threads that make a weight live, the second must
+#: not take the sums of the first for them.
+_making = threading.Lock()
 
 
 #: Adapters and their deltas [k] each.
@@ -138,15 +143,25 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def _hold(self, adapters: Sequence[str]) -> bool:
         """Makes the weight ready to be written to by `adapters`; False if there are none."""
         supports = {name: self.spiel_indices[name] for name in adapters}
-        if self._live is None or not self._live.is_of(self._weight, supports):
-            if self._weight.is_meta and not all(i.is_meta for i in supports.values()):
-                raise RuntimeError(
-                    f"{self.name}: the weight is offloaded (meta device), so deltas cannot be put "
-                    "into it; load the model without offloading"
-                )
-            self.put_back()
-            self._live = LiveEntries(self._weight, supports) if supports else None
+        if not self._holds(supports):
+            with _making:
+                if not self._holds(supports):
+                    self._hold_anew(supports)
         return self._live is not None
+
+    def _holds(self, supports: dict[str, torch.Tensor]) -> bool:
+        live = self._live
+        return live is not None and live.is_of(self._weight, supports)
+
+    def _hold_anew(self, supports: dict[str, torch.Tensor]) -> None:
+        """As `_hold`, where the weight has other deltas in it or none."""
+        if self._weight.is_meta and not all(i.is_meta for i in supports.values()):
+            raise RuntimeError(
+                f"{self.name}: the weight is offloaded (meta device), so deltas cannot be put "
+                "into it; load the model without offloading"
+            )
+        self.put_back()
+        self._live = LiveEntries(self._weight, supports) if supports else None
 
     @property
     def live_adapters(self) -> tuple[str, ...]:

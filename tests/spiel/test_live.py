@@ -1,6 +1,7 @@
 """Live weights: what the base weight holds, whatever happens to the deltas and to the model."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -310,3 +311,36 @@ def test_operands_are_let_go_at_the_end_of_backward(adapt):
     assert kept == [True]
     assert transposed.last_left._kept is None
     assert transposed.last_right._kept is None
+
+
+def test_two_threads_read_the_pretrained_entries_once(two_layers, adapt, monkeypatch):
+    """The second must not take the sums that the first wrote for them."""
+    base = two_layers()
+    model = adapt(copy.deepcopy(base), density=0.3).eval()
+    for layer in spiel_layers(model)[1].values():
+        set_by_data(layer.spiel_deltas["default"])
+    entered, both, done = (threading.Event() for _ in range(3))
+
+    def make(weight, supports):
+        if threading.current_thread().name == "second":
+            both.set()
+            done.wait(10)
+        elif not entered.is_set():
+            entered.set()
+            both.wait(0.5)
+        return LiveEntries(weight, supports)
+
+    def run():
+        model(torch.randn(4, 12))
+        done.set()
+
+    monkeypatch.setattr("spiel.delta_layer.LiveEntries", make)
+    threads = [threading.Thread(target=run, name=name) for name in ("first", "second")]
+    threads[0].start()
+    entered.wait(10)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    found = model.unload().state_dict()
+    for name, weight in base.state_dict().items():
+        assert torch.equal(found[name], weight)
