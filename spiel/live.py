@@ -25,6 +25,9 @@ from spiel.support import Seen
 #: Adapter -> deltas [k].
 Deltas = Mapping[str, torch.Tensor] | nn.ParameterDict
 
+#: Integers as wide as an entry, by bytes.
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class LiveEntries:
     """The entries of one weight that adapters have written to, and what stood there before.
@@ -139,7 +142,9 @@ def _write(weight: torch.Tensor, places: torch.Tensor, entries: torch.Tensor) ->
     weight, places = weight.data, places.long()
     entries = entries.to(device=weight.device, dtype=weight.dtype)
     if weight.is_contiguous():
-        weight.view(-1).scatter_(0, places, entries)
+        # As integers: of 16-bit floats a CPU's `scatter_` makes a copy of the weight in fp32.
+        bits = _BITS[weight.element_size()]
+        weight.view(-1).view(bits).scatter_(0, places, entries.view(bits))
     else:
         cols = weight.shape[1]
         weight[places // cols, places % cols] = entries
