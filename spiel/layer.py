@@ -42,9 +42,15 @@ class SpielLinear(DeltaLayer):
         deltas = torch.zeros(k, dtype=dtype, device=device)
         self.spiel_deltas[adapter] = nn.Parameter(deltas)
         self._dtypes[adapter] = dtype
-        self.spiel_indices[adapter] = random_support(k, self.numel, device)
+        self.spiel_indices[adapter] = self._first_support(adapter, k, device)
         self._deltas_of(adapter)
         self.set_adapter(self.active_adapters)
+
+    def _first_support(self, adapter: str, k: int, device: torch.device) -> torch.Tensor:
+        # Deltas without values (low_cpu_mem_usage) are about to be loaded, and so is their support.
+        if self.spiel_deltas[adapter].is_meta and device.type != "meta":
+            return torch.arange(k, dtype=index_dtype(self.numel), device=device)
+        return random_support(k, self.numel, device)
 
     def set_support(self, adapter: str, indices: torch.Tensor) -> None:
         """Replaces the support, whose size stays, and sets all deltas to 0."""
