@@ -89,7 +89,8 @@ class SpielAdamW(SpielOptimizer):
         for state, own_m, own_v in zip(states, m, v, strict=True):
             store(state, "exp_avg", own_m, self.state_dtype)
             store(state, "exp_avg_sq", own_v, self.state_dtype)
-            state["age"].clamp_(max=MAX_AGE - 1).add_(1)
+        torch._foreach_clamp_max_(ages, MAX_AGE - 1)
+        torch._foreach_add_(ages, 1)
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
         state = self.state[parameter]

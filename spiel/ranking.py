@@ -47,4 +47,5 @@ def kth_largest(ranks: torch.Tensor, k: int) -> torch.Tensor:
     if ranks.device.type == "cpu" and ranks.dtype == torch.float32:  # many times as fast
         place = len(ranks) - k
         return torch.from_numpy(np.partition(ranks.numpy(), place)[place : place + 1])[0]
-    return ranks.topk(k).values[-1]  # on a GPU kthvalue has one of its processors at work
+    # On a GPU kthvalue has one of its processors at work.
+    return ranks.topk(k, sorted=False).values.amin()

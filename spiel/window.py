@@ -137,8 +137,8 @@ def measure_scale(windows: Sequence[GradientWindow]) -> float:
     before = torch.cat([part.to(device) for part, _ in pairs])
     after = torch.cat([part.to(device) for _, part in pairs])
     average_(before)
-    norm = float(before.square().sum())
-    scale = float((before * after).sum()) / norm if 0 < norm < float("inf") else 1.0
+    norm, product = torch.stack([before.dot(before), before.dot(after)]).tolist()
+    scale = product / norm if 0 < norm < float("inf") else 1.0
     is_rounding = abs(scale - 1.0) < SCALE_TOLERANCE
     return 1.0 if is_rounding or not abs(scale) < float("inf") else scale
 
