@@ -102,9 +102,9 @@ def command(suite: Suite, methods: Sequence[str], setting: dict[str, Any], out: 
 
 def present(suite: Suite, methods: Sequence[str], names: Sequence[str], out: Path) -> int:
     """Prints and writes the table of ratios; 0 if all cells are ok and comparable, else 1."""
+    from suites.console import drawn, make_console, say
     from suites.notes import machine
     from suites.report import MixedRecordsError
-    from suites.table import drawn, make_console, say
 
     console, found, problems = make_console(), [], []
     for setting in settings(names):

@@ -166,9 +166,9 @@ def present(suite: Suite, kept: Sequence[Record], out: Path, against: Path) -> i
     import pandas as pd
 
     from suites import judgement
+    from suites.console import drawn, make_console, say
     from suites.documents import sheet
     from suites.record import write_whole
-    from suites.table import drawn, make_console, say
 
     console, title = make_console(), f"{suite.name}: now and before"
     now, before, problems = loaded(suite, kept, out, against)

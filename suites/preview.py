@@ -12,6 +12,7 @@ import pandas as pd
 
 from suites import runner
 from suites.budget import is_met
+from suites.console import drawn, make_console, say
 from suites.distributed import check_device, first_gpu, has_gpu, share
 from suites.estimate import Estimate, earlier_records, estimate, seconds
 from suites.hub import MISSING, missing_from_hub
@@ -19,7 +20,7 @@ from suites.notes import UNMATCHED
 from suites.plan import Cell, Execution
 from suites.progress import clock
 from suites.provenance import Environment, environment
-from suites.table import MIB, drawn, make_console, say
+from suites.table import MIB
 
 #: Column -> the field of an Estimate.
 PARTS = {

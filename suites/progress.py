@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
+from suites.console import say
 from suites.plan import Cell
 
 
@@ -131,7 +132,7 @@ class LineProgress:
         pass
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
 
     def prepare(self, report: Report) -> None:
         if self._is_news(report):
@@ -186,7 +187,7 @@ class BarProgress:
         self.bars.stop()
 
     def say(self, text: str) -> None:
-        self.bars.console.print(text, highlight=False, markup=False)
+        self.bars.console.print(text)
 
     def prepare(self, report: Report) -> None:
         self._show(report.phase, report)

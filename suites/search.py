@@ -11,13 +11,14 @@ from typing import Any
 import pandas as pd
 
 from suites import stats
+from suites.console import drawn, make_console, say
 from suites.documents import sheet
 from suites.plan import Cell, records_folder, safe_name
 from suites.record import Record, write_whole
 from suites.report import MixedRecordsError, columns, require_comparable, role_means
 from suites.sources import ROLES
 from suites.suite import Suite, Tuning
-from suites.table import drawn, load, make_console, say, spread
+from suites.table import load, spread
 
 
 def present(cells: Sequence[Cell], out: Path) -> int:

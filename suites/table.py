@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
 
-from suites import documents, progress, report, stats
+from suites import documents, inputs, progress, report, stats
+from suites.console import drawn, make_console, say
 from suites.notes import SIGNIFICANT, UNMATCHED, footnotes, rates
 from suites.plan import Cell, records_folder
 from suites.record import DamagedRecordError, Record, read
@@ -36,16 +35,19 @@ def present(cells: Sequence[Cell], out: Path) -> int:
     suite = cells[0].suite
     tables = {"Quality": quality(frame), "Cost": cost(frame)}
     notes = [*rates(cells), *footnotes(frame, records)]
+    path_of = {(cell.method, cell.seed): cell.record_path(out) for cell in cells}
+    files = {path_of[record.method_name, record.seed]: record for record in records}
+    paths, unwritten = [], ""
+    try:
+        paths = documents.write(suite, tables, notes + problems, frame, files, out)
+    except OSError as error:
+        unwritten = f"the table cannot be written: {error}"
     for title, table in tables.items():
         console.print(drawn(f"{suite.name}: {title.lower()}", table))
     for note in notes:
         console.print(note)
-    path_of = {(cell.method, cell.seed): cell.record_path(out) for cell in cells}
-    files = {path_of[record.method_name, record.seed]: record for record in records}
-    try:
-        paths = documents.write(suite, tables, notes + problems, frame, files, out)
-    except OSError as error:
-        say(console, f"the table cannot be written: {error}")
+    if unwritten:
+        say(console, unwritten)
         return 1
     say(console, f"records: {records_folder(suite, out, cells[0].split)}")
     for folder in dict.fromkeys(path.parent for path in paths):
@@ -55,39 +57,28 @@ def present(cells: Sequence[Cell], out: Path) -> int:
     return 0 if not problems and all(record.status == "ok" for record in records) else 1
 
 
-def make_console() -> Console:
-    """Standard output, which takes brackets in names for no markup; 100 columns where it is a file
-    or a pipe, which has no width.
-    """
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = 100
-    return console
-
-
-def say(console: Console, line: str) -> None:
-    console.print(line, soft_wrap=True)
-
-
 def load(cells: Sequence[Cell], out: Path) -> tuple[list[Record], list[str]]:
     """The cells' records, method by method, and a line for each that is missing or damaged."""
     methods = list(dict.fromkeys(cell.method for cell in cells))
-    records, problems = [], []
-    for cell in sorted(cells, key=lambda cell: methods.index(cell.method)):
-        path = cell.record_path(out)
-        try:
-            if not path.exists() and is_locked(cell.lock_path(out)):
-                problems.append(f"{progress.title(cell)} is being run by another process")
-                continue
-            found = read(path)
-        except DamagedRecordError as error:
-            problems.append(str(error))
-            continue
-        if found.cell_hash == cell.hash:
-            records.append(found)
-        else:
-            problems.append(f"{path}: made with other settings, code or data than these")
-    return records, problems
+    with inputs.unchanged():
+        ordered = sorted(cells, key=lambda cell: methods.index(cell.method))
+        found = [_load(cell, out) for cell in ordered]
+    records = [each for each in found if isinstance(each, Record)]
+    return records, [each for each in found if isinstance(each, str)]
+
+
+def _load(cell: Cell, out: Path) -> Record | str:
+    """The cell's record, or why there is none."""
+    path = cell.record_path(out)
+    if not path.exists() and is_locked(cell.lock_path(out)):
+        return f"{progress.title(cell)} is being run by another process"
+    try:
+        found = read(path)
+    except DamagedRecordError as error:
+        return str(error)
+    if found.cell_hash == cell.hash:
+        return found
+    return f"{path}: made with other settings, code or data than these"
 
 
 def is_locked(path: Path) -> bool:
@@ -167,14 +158,3 @@ def spread(row: dict, name: str, style: str, scale: float = 1) -> str:
     if half_width is None or pd.isna(half_width) or mean == "-":
         return mean
     return f"{mean} ± {half_width * scale:{style}}"
-
-
-def drawn(title: str, table: pd.DataFrame) -> Table:
-    drawn = Table(title=title, title_justify="left")
-    for index, name in enumerate(table.columns):
-        justify = "left" if index == 0 else "right"
-        # Where there is no room it goes on in the next line: a number that is cut is a wrong one.
-        drawn.add_column(name, justify=justify, overflow="fold")
-    for row in table.itertuples(index=False):
-        drawn.add_row(*row)
-    return drawn

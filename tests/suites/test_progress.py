@@ -23,7 +23,9 @@ def test_lines_tell_phase_step_loss_and_time_left():
 
 
 def test_bars_show_the_cell_its_step_and_its_loss():
-    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    console = Console(
+        file=io.StringIO(), force_terminal=True, width=100, markup=False, highlight=False
+    )
     method = "peft:[/a]/adapter_config.json"  # brackets are no markup
     of = dataclasses.replace(cell(), method=method)
     with progress.progress(console, [of]) as view:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from suites import catalog, documents, notes, record, report, search, table
 from suites.catalog import SUITES
+from suites.console import drawn, make_console
 from suites.plan import plan
 from suites.record import Record
 from suites.suite import Tuning
@@ -194,15 +195,13 @@ def test_what_means_something_to_latex_is_escaped():
 
 def test_no_number_is_cut_where_the_terminal_is_narrow():
     console = Console(width=40, file=io.StringIO())
-    console.print(
-        table.drawn("t", pd.DataFrame([{"method": "a", "n": "1,234,567†", "m": "x" * 30}]))
-    )
+    console.print(drawn("t", pd.DataFrame([{"method": "a", "n": "1,234,567†", "m": "x" * 30}])))
     assert "…" not in console.file.getvalue()
 
 
 def test_brackets_in_a_name_are_printed(capsys):
     name = "peft:runs[old]/adapter_config.json"
-    table.make_console().print(table.drawn("t", pd.DataFrame([{"method": name}])))
+    make_console().print(drawn("t", pd.DataFrame([{"method": name}])))
     assert name in capsys.readouterr().out
 
 
