@@ -99,6 +99,9 @@ def begin(
     checkpoints = Checkpoints(
         cell.checkpoints(out), way.save_seconds, here, parts["world"], rank.is_main
     )
+    if checkpoints.passed_over:
+        steps = ", ".join(map(str, checkpoints.passed_over))
+        tell(Report(f"passes over checkpoint {steps}: of other code, hardware or libraries"))
     suite = placed(cell.suite, world)
     return Work(cell, suite, way, rank, tell, device, meter, checkpoints, parts)
 
@@ -216,13 +219,19 @@ def diagnose(error: Exception) -> tuple[str, str]:
     """Status and reason of a cell that ended in `error`."""
     if isinstance(error, train.DivergedError):
         return "diverged", str(error)
-    reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+    reason = f"{type(error).__name__}: {str(error) or _place(error)}".strip().split("\n")[0]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return "oom", reason
     # torch's CPU allocator has no exception of its own.
     if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
         return "oom", reason
     return "failed", reason
+
+
+def _place(error: Exception) -> str:
+    """Where an error without a message comes from."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return "".join(f"in {Path(frame.filename).name}, line {frame.lineno}" for frame in last)
 
 
 def size(contestant: Contestant, num_weights: int, num_asked: int | None) -> Size:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,11 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from suites.measure import Meter
-from suites.provenance import Environment
+from suites.provenance import Environment, code_hash
 from suites.record import PhaseCost, now, write_whole
 from suites.steps import StepMeter
 
-#: Written last: a checkpoint without it was not finished. It knows the sizes of the other files,
+#: Written last: a checkpoint without it was not finished. It knows the hashes of the other files,
 #: since a disk may lose what was written to them when the power fails.
 HISTORY = "history.json"
 
@@ -46,7 +48,11 @@ class Checkpoints(TrainerCallback):
 
     Put it behind the meter's `closing`: no step is charged for it. A checkpoint that was made by
     other code, on other hardware, or in another world is not gone on from, because a record must
-    be able to say of all its steps what made them.
+    be able to say of all its steps what made them. It stays until training is past its step.
+
+    Attributes:
+        history: of the checkpoint to go on from, or of none.
+        passed_over: the steps of checkpoints that others made.
     """
 
     def __init__(
@@ -58,7 +64,9 @@ class Checkpoints(TrainerCallback):
         is_main: bool = True,
     ) -> None:
         self.folder, self.every_seconds, self.is_main = folder, every_seconds, is_main
-        self.made_by = json.loads(json.dumps([dataclasses.asdict(environment), world]))
+        made_by = [code_hash(), environment.hardware, environment.packages, world]
+        self.made_by = json.loads(json.dumps(made_by))
+        self.passed_over: list[int] = []
         self.history = self._newest() or History(started_at=now())
         self._saved_at = 0.0
         self._meters: tuple[Meter, StepMeter] | None = None
@@ -80,16 +88,25 @@ class Checkpoints(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._saved_at = time.monotonic()
         _wait_for_ranks()  # each of them writes a file of its own
-        if not self.is_main:
-            return
         newest = self.folder / f"checkpoint-{state.global_step}"
-        _flush(newest)
-        history = dataclasses.asdict(self._now())
-        values = {"made_by": self.made_by, "sizes_bytes": _sizes(newest), "history": history}
-        write_whole(json.dumps(values), newest / HISTORY)
+        if not self.is_main or not newest.exists():
+            return
+        try:
+            _flush(newest)
+            history = dataclasses.asdict(self._now())
+            values = {"made_by": self.made_by, "files": _digests(newest), "history": history}
+            write_whole(json.dumps(values), newest / HISTORY)
+        except OSError as error:
+            self.give_up(state.global_step, error)
+            return
         for older in self.folder.glob("checkpoint-*"):
-            if older != newest:
+            if _step(older) < state.global_step:
                 shutil.rmtree(older, ignore_errors=True)
+
+    def give_up(self, step: int, error: Exception) -> None:
+        """Removes what was written of a checkpoint that cannot be; the one before it stays."""
+        shutil.rmtree(self.folder / f"checkpoint-{step}", ignore_errors=True)
+        print(f"checkpoint of step {step} not written: {error}", file=sys.stderr)
 
     def _is_due(self) -> bool:
         """Whether to save now; ranks, whose clocks differ, do as the main one does."""
@@ -122,8 +139,10 @@ class Checkpoints(TrainerCallback):
                 values = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
                 continue  # a disk that lost what was written to it
-            if values["made_by"] == self.made_by and _is_whole(path.parent, values):
-                found.append((int(path.parent.name.partition("-")[2]), path.parent, values))
+            if values["made_by"] != self.made_by:
+                self.passed_over.append(_step(path.parent))
+            elif _is_whole(path.parent, values):
+                found.append((_step(path.parent), path.parent, values))
         if not found:
             return None
         step, folder, values = max(found, key=lambda each: each[0])
@@ -133,6 +152,10 @@ class Checkpoints(TrainerCallback):
             history[name] = tuple(history[name])
         history["resumed_at"] += (step,)
         return History(**history)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
 
 
 def _wait_for_ranks() -> None:
@@ -152,11 +175,17 @@ def _flush(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
+def _digests(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256: a file may have its size and lack what was written to it."""
+    found = {}
+    for path in _files(folder):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(folder).as_posix()] = digest
+    return found
 
 
 def _is_whole(folder: Path, values: dict[str, Any]) -> bool:
-    """Whether the files of `folder` are as large as its history says."""
-    sizes = values.get("sizes_bytes")
-    return sizes is not None and sizes.items() <= _sizes(folder).items()
+    """Whether the files of `folder` are those that its history knows."""
+    files = values.get("files")
+    return files is not None and files.items() <= _digests(folder).items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -76,6 +77,15 @@ def environment(device: str, num_processes: int = 1, first_gpu: int = 0) -> Envi
 def git_revision() -> str | None:
     """The commit that is checked out here, or None where there is no git or no repository."""
     return _git("rev-parse", "HEAD")
+
+
+def code_hash() -> str:
+    """Of all Python files of the product: what tells a checkpoint by other code."""
+    root, found = Path(__file__).parents[1], hashlib.sha256()
+    for package in ("spiel", "baselines", "suites"):
+        for path in sorted((root / package).rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def package_versions() -> dict[str, str]:

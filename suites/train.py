@@ -57,6 +57,20 @@ class Setup:
     checkpoints: Checkpoints
 
 
+class _Trainer(Trainer):
+    """A Trainer that a checkpoint that cannot be written (a full disk, a quota) does not end."""
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except Exception as error:  # of the system, torch, or safetensors
+            if self.args.world_size > 1:  # the others would not know
+                raise
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, Checkpoints):
+                    callback.give_up(self.state.global_step, error)
+
+
 def fit(
     contestant: Contestant,
     examples: Any,
@@ -73,7 +87,7 @@ def fit(
     """
     optimizer = contestant.optimizer(setup.tuning.lr, setup.tuning.weight_decay)
     checkpoints = setup.checkpoints
-    trainer = Trainer(
+    trainer = _Trainer(
         model=contestant.model,
         args=arguments(setup),
         train_dataset=examples,

@@ -13,10 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch.distributed as dist
-from transformers import TrainerState
+from transformers import Trainer, TrainerState
 
+from suites import cell as cell_module
 from suites import record, runner
-from suites.checkpoint import HISTORY, Checkpoints
+from suites.checkpoint import HISTORY, Checkpoints, _digests
+from suites.distributed import Rank
 from suites.embedded import default_cache_dir
 from suites.measure import Meter
 from suites.methods import METHODS
@@ -72,8 +74,7 @@ def trained(method):
 def results(found):
     """What may not depend on how often the cell was interrupted."""
     training = found.training
-    size = dataclasses.replace(found.size)
-    return training.losses, training.num_tokens, training.first_step_flops, size, found.scores
+    return training.losses, training.num_tokens, training.first_step_flops, found.size, found.scores
 
 
 @pytest.mark.parametrize("method", ["lora", "spiel", "full"])
@@ -145,7 +146,7 @@ def write_history(folder, step, by):
     path.mkdir(parents=True)
     (path / "optimizer.pt").write_bytes(bytes(100))
     history = dataclasses.replace(by.history, cost=PhaseCost(2.0, 3), folder=None)
-    values = {"made_by": by.made_by, "sizes_bytes": {"optimizer.pt": 100}}
+    values = {"made_by": by.made_by, "files": _digests(path)}
     values["history"] = dataclasses.asdict(history)
     (path / HISTORY).write_text(json.dumps(values))
 
@@ -161,10 +162,19 @@ def test_the_newest_whole_checkpoint_is_gone_on_from(tmp_path):
     assert found.cost == PhaseCost(2.0, 3)
 
 
-@pytest.mark.parametrize("changes", [{"git_revision": "f00"}, {"cpu": "B"}, {"num_processes": 2}])
-def test_what_other_code_or_hardware_made_is_not(tmp_path, changes):
+@pytest.mark.parametrize("changes", [{"cpu": "B"}, {"num_processes": 2}, {"packages": {}}])
+def test_what_other_hardware_or_libraries_made_is_not(tmp_path, changes):
     write_history(tmp_path, 9, checkpoints(tmp_path))
-    assert checkpoints(tmp_path, **changes).history.folder is None
+    found = checkpoints(tmp_path, **changes)
+    assert (found.history.folder, found.passed_over) == (None, [9])
+
+
+def test_what_other_code_made_is_not_whatever_else_was_committed(tmp_path, monkeypatch):
+    write_history(tmp_path, 9, checkpoints(tmp_path))
+    elsewhere = {"git_revision": "f00", "git_dirty": True, "platform": "another kernel"}
+    assert checkpoints(tmp_path, **elsewhere).history.folder == tmp_path / "checkpoint-9"
+    monkeypatch.setattr("suites.checkpoint.code_hash", lambda: "other")
+    assert checkpoints(tmp_path).history.folder is None
 
 
 def test_a_damaged_history_is_no_checkpoint(tmp_path):
@@ -177,7 +187,11 @@ def lose(path):
     os.truncate(path, 10)
 
 
-@pytest.mark.parametrize("damage", [lose, Path.unlink])
+def overwrite(path):
+    path.write_bytes(b"1" * 100)
+
+
+@pytest.mark.parametrize("damage", [lose, overwrite, Path.unlink])
 def test_a_checkpoint_that_lost_data_is_passed_over(tmp_path, damage):
     for step in (9, 10):
         write_history(tmp_path, step, checkpoints(tmp_path))
@@ -191,7 +205,7 @@ def test_a_checkpoint_that_does_not_know_its_files_is_passed_over(tmp_path):
     write_history(tmp_path, 9, checkpoints(tmp_path))
     path = tmp_path / "checkpoint-9" / HISTORY
     values = json.loads(path.read_text())
-    del values["sizes_bytes"]
+    del values["files"]
     path.write_text(json.dumps(values))
     assert checkpoints(tmp_path).history.folder is None
 
@@ -234,3 +248,26 @@ def test_force_begins_anew(tmp_path):
     of = trained("lora")
     run(of, tmp_path, killed_at=KILLED_AT)
     assert run(of, tmp_path, Execution(force=True)).training.resumed_at == ()
+
+
+@pytest.mark.parametrize("fails_in", ["_save_checkpoint", "the history"])
+def test_a_checkpoint_that_cannot_be_written_ends_no_training(
+    fails_in, tmp_path, world_folder, monkeypatch
+):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    if fails_in == "_save_checkpoint":
+        monkeypatch.setattr(Trainer, fails_in, refuse)
+    else:
+        monkeypatch.setattr("suites.checkpoint.write_whole", refuse)
+    found = cell_module.run(
+        cell("lora", suite=small_suite(recipe=Recipe(num_steps=3, batch_size=4))),
+        world_folder,
+        tmp_path,
+        EVERY_STEP,
+        Rank(),
+        lambda report: None,
+    )
+    assert (found.status, len(found.training.losses)) == ("ok", 3)
+    assert not list(tmp_path.rglob("checkpoint-*"))
