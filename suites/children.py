@@ -108,10 +108,13 @@ def _stop(children: Sequence[BaseProcess]) -> None:
             child.join()
 
 
-def print_to(log: Path) -> None:
-    """Has all that this process prints go to `log` from now on, libraries' own words included."""
+def print_to(log: Path, keep: bool = False) -> None:
+    """Has all that this process prints go to `log` from now on, libraries' own words included;
+    behind what is there, if that is to be kept.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    begin = os.O_APPEND if keep else os.O_TRUNC
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | begin, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)

@@ -43,8 +43,18 @@ def texts(rows: Rows, source: DataSource, tokenizer: PreTrainedTokenizerBase) ->
     found = []
     for index, row in enumerate(rows.values):
         text = write(row, rows.where(index))
+        if not _is_unicode(text.text):
+            raise ValueError(f"{rows.where(index)}: it has half a surrogate pair, which is no text")
         found.append(Text(text.text, ((0, len(text.text)),), text.ends) if whole else text)
     return found
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _form(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,21 @@ if TYPE_CHECKING:
 IGNORED = ("__pycache__", ".")
 
 
+#: What is known of suites' files within `unchanged`.
+_known: dict[tuple[str | None, ...], list[str]] | None = None
+
+
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """Within the context local files do not change, and are looked at once."""
+    global _known
+    before, _known = _known, {} if _known is None else _known
+    try:
+        yield
+    finally:
+        _known = before
+
+
 def fingerprint(suite: Suite) -> list[str]:
     """What tells the suite's local model, data and questions from others; empty if none is local.
 
@@ -26,6 +41,15 @@ def fingerprint(suite: Suite) -> list[str]:
     read each time, so folders of models and of data count by the names, sizes and times of change
     of their files. An embedded world is none of these: it has a key of its own.
     """
+    if _known is None:
+        return _look(suite)
+    names = suite.model.path, suite.data.path, suite.task_folder
+    if names not in _known:
+        _known[names] = _look(suite)
+    return _known[names]
+
+
+def _look(suite: Suite) -> list[str]:
     paths = [Path(source.path) for source in (suite.model, suite.data) if source.path]
     found = [_content(path) if path.is_file() else _state(path) for path in paths if path.exists()]
     if suite.task_folder is not None and Path(suite.task_folder).is_dir():

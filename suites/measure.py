@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,8 +186,14 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(storages.values())
 
 
-def artifact_bytes(write_artifact: Callable[[Path], None]) -> int:
-    """Bytes of the files that `write_artifact` leaves in the folder it is given."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_artifact(Path(folder))
-        return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+def artifact_bytes(write_artifact: Callable[[Path], None]) -> int | None:
+    """Bytes of the files that `write_artifact` leaves in the folder it is given; None where there
+    is no room for them, which is no reason to lose a training.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            write_artifact(Path(folder))
+            return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    except Exception:  # of the system, torch, or safetensors
+        traceback.print_exc()
+        return None

@@ -73,6 +73,7 @@ def add_overrides(parser: Parser) -> None:
     add("--task-folder", type=_text, metavar="DIR", help="lm-eval YAML and copies of hub data sets")
     add("--steps", type=_count, metavar="N", help="train steps")
     add("--batch-size", type=_count, metavar="N", help="sequences per micro-batch")
+    add("--eval-batch-size", type=_count, metavar="N", help="sequences evaluated at once")
     add("--limit", type=_count, metavar="N", help="at most N items per task")
     add("--seq-len", type=_count, metavar="N", help="cut examples at N tokens")
     add("--dtype", choices=DTYPES, help="dtype of the base model")

@@ -121,6 +121,7 @@ OVERRIDES: dict[str, tuple[Callable[[Suite, Any], Suite], Callable[[Any], str]]]
     "steps": (_part("recipe", "num_steps"), lambda steps: f"steps{steps}"),
     "limit": (_whole("limit"), lambda limit: f"limit{limit}"),
     "batch_size": (_part("recipe", "batch_size"), lambda size: f"batch{size}"),
+    "eval_batch_size": (_whole("eval_batch_size"), lambda size: f"evalbatch{size}"),
     "seq_len": (_part("data", "max_length"), lambda length: f"seq{length}"),
     "dtype": (_part("model", "dtype"), safe_name),
     "quantize": (_part("model", "quantize"), safe_name),

@@ -77,6 +77,10 @@ class Cell:
         return out / "checkpoints" / safe_name(self.suite.name) / f"{self.name}-{self.hash}"
 
 
+#: File systems allow 255 bytes, and names are joined to others and get endings.
+LONGEST_NAME = 100
+
+
 def records_folder(suite: Suite, out: Path, split: str = "test") -> Path:
     """`<out>/records/<suite>/<model>`; a search's trials lie in `search` inside it."""
     model = "world" if suite.model.path.startswith(WORLD) else suite.model.path
@@ -85,8 +89,14 @@ def records_folder(suite: Suite, out: Path, split: str = "test") -> Path:
 
 
 def safe_name(text: str) -> str:
-    """`text` as a file name on any file system: `meta-llama/Llama-2` -> `meta-llama--Llama-2`."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "--", text).strip("-.")
+    """`text` as a file name on any file system: `meta-llama/Llama-2` -> `meta-llama--Llama-2`.
+
+    With a hash where it is too long for one, or has letters that another text may differ in.
+    """
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "--", text).strip("-.")
+    if len(name) <= LONGEST_NAME and re.fullmatch(r"[\w ./:,=+-]*", text, re.ASCII):
+        return name
+    return f"{name[: LONGEST_NAME - 9]}-{short_hash(text)[:8]}"
 
 
 def plan(

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -166,8 +167,22 @@ def now() -> str:
 
 
 def write(record: Record, path: Path) -> None:
-    """Writes `record` to `path` as `write_whole` does; ValueError for what JSON cannot hold."""
-    write_whole(json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False), path)
+    """Writes `record` to `path` as `write_whole` does; ValueError for what JSON cannot hold.
+
+    A finished record there is kept in the folder `replaced` beside it, if that is of other settings
+    or data, or if this one is not ok.
+    """
+    text = json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False)
+    _keep(record, path)
+    write_whole(text, path)
+
+
+def _keep(record: Record, path: Path) -> None:
+    with suppress(DamagedRecordError):  # or there is none
+        found = read(path)
+        if found.status == "ok" and (found.cell_hash, "ok") != (record.cell_hash, record.status):
+            kept = path.parent / "replaced" / f"{path.stem}-{found.cell_hash}.json"
+            write_whole(path.read_text(encoding="utf-8"), kept)
 
 
 def write_whole(text: str, path: Path) -> None:

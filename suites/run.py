@@ -85,9 +85,8 @@ def selected(
 
 def start(cells: Sequence[Cell], out: Path, way: Execution, searching: bool = False) -> int:
     """Runs what is not finished and prints the table; returns the exit status."""
-    from rich.console import Console
-
     from suites import runner
+    from suites.console import make_console
     from suites.progress import progress
 
     try:
@@ -95,11 +94,11 @@ def start(cells: Sequence[Cell], out: Path, way: Execution, searching: bool = Fa
     except runner.NotReadyError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    done, damaged = ([], []) if way.force else runner.finished(cells, out)
+    done, others = ([], []) if way.force else runner.finished(cells, out)
     left = [cell for cell in cells if cell not in done]
-    with progress(Console(stderr=True), left) as view:
-        for problem in damaged:
-            view.say(f"damaged record, not counted: {problem}")
+    with progress(make_console(stderr=True), left) as view:
+        for problem in others:
+            view.say(f"not counted, and run again: {problem}")
         if done:
             view.say(
                 f"{len(done)} of {len(cells)} cells are finished and skipped (--force runs them)"

@@ -49,15 +49,19 @@ def check_folder(out: Path) -> None:
 
 
 def finished(cells: Sequence[Cell], out: Path) -> tuple[list[Cell], list[str]]:
-    """The cells whose record is there and ok, and the damaged records, each with what is wrong."""
-    done, damaged = [], []
-    for cell in cells:
-        try:
-            if record.is_finished(cell, out):
-                done.append(cell)
-        except DamagedRecordError as error:
-            damaged.append(str(error))
-    return done, damaged
+    """The cells whose record is there and ok, and the records that do not count, each with why."""
+    done, others = [], []
+    with inputs.unchanged():
+        for cell in cells:
+            path = cell.record_path(out)
+            try:
+                if record.is_finished(cell, out):
+                    done.append(cell)
+                elif path.exists() and record.read(path).status == "ok":
+                    others.append(f"{path}: of other settings, code, data or libraries")
+            except DamagedRecordError as error:
+                others.append(str(error))
+    return done, others
 
 
 def run(cells: Sequence[Cell], out: Path, way: Execution, view: Progress) -> None:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ class Suite:
         """The suite as plain JSON values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """What two records must share to stand in one table: all but seeds, tunings and grids.
 

@@ -33,12 +33,13 @@ def run_cell(
     its process: no other runner works on the cell meanwhile, and none waits for one that died.
     """
     log = cell.log_path(out)
-    _begin(log if rank.is_main else log.with_suffix(f".{rank.index}.log"))
+    _begin(log if rank.is_main else log.with_suffix(f".{rank.index}.log"), keep=True)
     rank.show_gpus(cell.suite.device)
     with _only_worker(cell, out, way, rank) as obstacle:
         if obstacle:
             connection.send(Skipped(obstacle))
             return
+        os.ftruncate(1, 0)  # only now: until it has the lock, the log is another runner's
         _work(cell, world, out, way, rank, connection)
 
 
@@ -142,11 +143,11 @@ def compile_kernels(suite: Suite, log: Path, connection: Connection) -> None:
         ops.settle(torch.device("cpu"), torch.float32, [(CPU_MIN_NUMEL // 100, CPU_MIN_NUMEL)])
 
 
-def _begin(log: Path) -> None:
+def _begin(log: Path, keep: bool = False) -> None:
     """Leaves Ctrl-C to the parent, which ends its children itself, and prints to `log`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    print_to(log)
+    print_to(log, keep)
 
 
 def _die_with_parent() -> None:

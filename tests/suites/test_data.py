@@ -163,6 +163,7 @@ def test_a_tokenizer_without_offsets_masks_alike(write):
     [
         ('{"prompt": "who"', "line 2: broken JSON"),
         ("[1, 2]", "line 2: a JSON object is needed, got list"),
+        (r'{"prompt": "\ud800", "completion": "b"}', "line 2: it has half a surrogate pair"),
         ('{"prompt": "who"}', "line 2: field 'completion' is missing; needed: prompt, completion"),
         ('{"prompt": "who", "completion": 7}', "line 2: field 'completion' must be a string"),
     ],

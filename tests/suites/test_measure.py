@@ -68,6 +68,13 @@ def test_optimizer_state_of_adamw_is_two_moments_and_a_step():
     assert measure.optimizer_state_bytes(optimizer) == 2 * 100 * 4 + 4
 
 
+def test_an_artifact_that_there_is_no_room_for_is_not_measured():
+    def write(folder):
+        raise OSError(28, "No space left on device")
+
+    assert measure.artifact_bytes(write) is None
+
+
 def test_artifact_bytes_counts_every_file():
     def write(folder):
         (folder / "deep").mkdir()

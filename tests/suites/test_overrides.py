@@ -18,6 +18,7 @@ VALUES = {
     "steps": 7,
     "limit": 5,
     "batch_size": 5,
+    "eval_batch_size": 5,
     "seq_len": 8,
     "dtype": "bfloat16",
     "quantize": "4bit",

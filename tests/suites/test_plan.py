@@ -37,6 +37,15 @@ def test_model_becomes_a_safe_folder():
     assert "/" not in safe_name("/a b/../c")
 
 
+def test_names_of_files_are_neither_too_long_nor_the_same():
+    assert safe_name("meta-llama/Llama-2-7b-hf") == "meta-llama--Llama-2-7b-hf"
+    assert safe_name("peft:my/config.json") == "peft--my--config.json"
+    assert safe_name("ä") != safe_name("ö")
+    longer = [safe_name("/".join([*["folder"] * 50, last])) for last in "ab"]
+    assert len(set(longer)) == 2
+    assert {len(name) for name in longer} == {100}
+
+
 def test_cell_hash_follows_what_decides_the_result():
     same = cell().hash
     assert cell().hash == same

@@ -34,6 +34,19 @@ def test_unknown_status_is_refused():
         Record.of(cell(), "fine", "", record.now())
 
 
+def test_a_finished_record_is_kept_where_one_that_is_no_better_takes_its_place(path):
+    before, kept = finished(cell()), path.parent / "replaced"
+    record.write(before, path)
+    record.write(finished(cell(), target=0.6), path)  # run again by --force
+    assert not kept.exists()
+    record.write(Record.of(cell(), "interrupted", "", record.now()), path)
+    (file,) = kept.iterdir()
+    assert record.read(file).scores["t"].value == 0.6
+    record.write(before, path)
+    record.write(dataclasses.replace(before, cell_hash="of other data"), path)
+    assert record.read(file) == before
+
+
 def test_full_disk_leaves_no_partial_file(path, monkeypatch):
     def no_space(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -203,14 +203,15 @@ def test_what_is_not_ok_or_not_the_same_is_run_again(tmp_path):
     failure = record.Record.of(failed, "interrupted", "", record.now())
     record.write(failure, failed.record_path(tmp_path))
     record.write(finished(cell("full", seed=2)), other.record_path(tmp_path))
-    assert runner.finished([done, failed, other, missing], tmp_path) == ([done], [])
+    told = f"{other.record_path(tmp_path)}: of other settings, code, data or libraries"
+    assert runner.finished([done, failed, other, missing], tmp_path) == ([done], [told])
 
 
 def test_a_cell_of_another_world_is_run_again(tmp_path):
     """New ones could not be compared with it."""
     of = cell()
     record.write(finished(of, world="world-of-other-libraries"), of.record_path(tmp_path))
-    assert runner.finished([of], tmp_path) == ([], [])
+    assert runner.finished([of], tmp_path)[0] == []
 
 
 def test_damaged_record_is_named_and_run_again(arena, tmp_path, capsys):
@@ -218,7 +219,7 @@ def test_damaged_record_is_named_and_run_again(arena, tmp_path, capsys):
     damaged.parent.mkdir(parents=True)
     damaged.write_text('{"schema_version": 1, "status"')
     assert command("--methods", "base", "--seeds", "0", out=tmp_path) == 0
-    assert f"damaged record, not counted: {damaged}" in capsys.readouterr().err
+    assert f"not counted, and run again: {damaged}" in capsys.readouterr().err
     assert record.read(damaged).status == "ok"
 
 
@@ -242,7 +243,7 @@ def test_child_that_cannot_write_says_so(tmp_path, monkeypatch, world_folder):
     sent = []
     connection = type("Connection", (), {"send": staticmethod(sent.append)})
     monkeypatch.setattr(record, "write", no_space)
-    monkeypatch.setattr(workers, "_begin", lambda log: None)
+    monkeypatch.setattr(workers, "_begin", lambda log, keep: None)
     workers.run_cell(cell("base"), world_folder, tmp_path, Execution(), Rank(), connection)
     assert isinstance(sent[-1], messages.Unwritten)
     assert "No space left" in sent[-1].problem
@@ -255,7 +256,7 @@ def test_a_fault_of_the_record_is_no_full_disk(tmp_path, monkeypatch, world_fold
     sent = []
     connection = type("Connection", (), {"send": staticmethod(sent.append)})
     monkeypatch.setattr(record, "write", refuse)
-    monkeypatch.setattr(workers, "_begin", lambda log: None)
+    monkeypatch.setattr(workers, "_begin", lambda log, keep: None)
     with pytest.raises(ValueError, match="JSON"):  # ends the child: the runner records that
         workers.run_cell(cell("base"), world_folder, tmp_path, Execution(), Rank(), connection)
     assert not any(isinstance(word, messages.Unwritten) for word in sent)

@@ -49,8 +49,12 @@ def wait_for(process, text):
 def test_a_second_runner_leaves_cells_in_work_alone(start, tmp_path):
     first = start()
     wait_for(first, "lora seed 0: train")
+    log = tmp_path / "logs" / f"small-steps{STEPS}" / "lora-r2-s0.log"
+    with log.open("a") as file:
+        file.write("what the first one prints\n")
     second = start()
     printed, told = second.communicate(timeout=120)
+    assert "what the first one prints" in log.read_text()
     assert "1 of 2 cells are finished and skipped" in told
     assert "lora seed 0: skipped: being run by another process" in told
     assert second.returncode == 1  # the table is not whole
