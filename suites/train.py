@@ -58,9 +58,24 @@ class Setup:
 
 
 class _Trainer(Trainer):
-    """A Trainer that a checkpoint that cannot be written (a full disk, a quota) does not end."""
+    """A Trainer that a checkpoint that cannot be written (a full disk, a quota) does not end, and
+    that counts tokens without waiting for the device in each micro-batch.
+    """
+
+    _num_new_tokens: torch.Tensor | int = 0
+
+    def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]) -> None:
+        self._num_new_tokens = self._num_new_tokens + inputs["attention_mask"].sum()
+
+    def count_tokens(self) -> int:
+        """All tokens so far that are no padding, of all ranks."""
+        new = torch.as_tensor(self._num_new_tokens, device=self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(new).sum())
+        self._num_new_tokens = 0
+        return int(self.state.num_input_tokens_seen)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.count_tokens()
         try:
             super()._save_checkpoint(*args, **kwargs)
         except Exception as error:  # of the system, torch, or safetensors
@@ -101,7 +116,7 @@ def fit(
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         meter.stop_counting()
-    return optimizer, int(trainer.state.num_input_tokens_seen)
+    return optimizer, trainer.count_tokens()
 
 
 def arguments(setup: Setup) -> TrainingArguments:
