@@ -93,7 +93,7 @@ def check_optimizer(
         )
     if growth == "ag" and not isinstance(optimizer, SpielAdamW):
         warnings.warn(
-            f"{name} knows no age of single weights: grown weights start unseeded; "
+            f"{name} keeps no age for each weight: grown weights start from a state of 0; "
             "spiel.SpielAdamW is made for growth 'ag'",
             stacklevel=4,
         )

@@ -105,7 +105,7 @@ class SpielLinear(DeltaLayer):
 
     # -- forward and backward ---------------------------------------------------------------
 
-    @torch.compiler.disable  # what is live, and the graph of the deltas, are no matter of tracing
+    @torch.compiler.disable  # what is live, and the graph of the deltas, must not be traced
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output [..., out_features] with the active adapters' deltas."""
         if self.merged:

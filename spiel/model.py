@@ -161,7 +161,7 @@ class SpielModel(BaseTuner):
                 "SpIEL cannot mix adapters within a batch (adapter_names), as a weight holds one "
                 "set of deltas at a time: use set_adapter and one batch for each adapter"
             )
-        if torch.compiler.is_compiling():  # what is written into weights is no matter of tracing
+        if torch.compiler.is_compiling():  # what is written into weights must not be traced
             yield
             return
         with prepared(m for m in self.model.modules() if isinstance(m, SpielLinear)):

@@ -102,7 +102,7 @@ class SpielOptimizer(torch.optim.Optimizer):
             missing = sorted(names - set(group))
             if missing:
                 raise ValueError(
-                    f"the state is of another optimizer: it says nothing of {', '.join(missing)}; "
+                    f"the state is of another optimizer: it lacks {', '.join(missing)}; "
                     f"load what a {type(self).__name__} saved"
                 )
 

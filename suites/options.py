@@ -129,7 +129,7 @@ def _device(text: str) -> str:
 
 def parse_seeds(text: str) -> tuple[int, ...]:
     """`0,1,2` -> (0, 1, 2); ValueError names what is wrong."""
-    parts = text.split(",")
+    parts = [part.strip() for part in text.split(",")]
     bad = [part for part in parts if not part.isascii() or not part.isdigit()]
     if bad:
         raise ValueError(

@@ -59,7 +59,7 @@ def _refuse(constant: str) -> None:
 
 def _check(path: Path, peft_type: str, config: dict[str, Any]) -> None:
     if peft_type == "SPIEL":  # known to peft if spiel is imported, but AdamW can't train it
-        raise ValueError(f"{path}: SPIEL is had by the methods spiel and spiel-ma")
+        raise ValueError(f"{path}: for SPIEL use the methods spiel and spiel-ma")
     from baselines.adapter import make_config
 
     try:

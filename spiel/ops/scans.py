@@ -150,7 +150,7 @@ def _raise_sm3(indices, gradient, row, col, u):  # type: ignore[no-untyped-def]
             i += 1
         j = indices[e] - i * cols
         u[e] = np.minimum(before_row[i], before_col[j]) + gradient[e] * gradient[e]
-        row[i], col[j] = np.maximum(row[i], u[e]), np.maximum(col[j], u[e])  # NaN goes on
+        row[i], col[j] = np.maximum(row[i], u[e]), np.maximum(col[j], u[e])  # NaN propagates
 
 
 def raise_sm3(

@@ -31,7 +31,7 @@ QUIET = tuple(range(7, PERIOD))
 
 @dataclass(frozen=True)
 class Setting:
-    """A model's shape, its batch, and the contestants' size: here the issue's, changed to taste."""
+    """A model's shape, its batch, and the contestants' size: by default those of README's table."""
 
     #: LoRA of rank 8 has 468,480 weights on all targeted projections.
     budget: str = "r8"

@@ -20,7 +20,7 @@ ROUNDS = 57  # to the end of the third period
 NUM_PERIODS = 10
 GENERATIONS = 8
 NEW_TOKENS = 32
-#: What fails as a regression: the goal of the project, and a margin for noise.
+#: What fails as a regression: what SpIEL is to reach, and a margin for noise.
 MOST_OF_LORA = 0.90 * 1.05
 MOST_OF_FLOOR = 1.05 * 1.05
 MOST_RESELECTION = 0.03 * 1.5

@@ -59,7 +59,7 @@ def test_weights_follow_the_deltas_whatever_changed_them(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tiny_updates_add_up(two_layers, adapt, dtype):
-    """Defect 12: each update is far below the weight's resolution, a thousand are not."""
+    """Each update is far below the weight's resolution, a thousand are not."""
     base = two_layers(dtype=dtype)
     base.first.weight.data.fill_(1.0)
     model = adapt(copy.deepcopy(base), scale=0, target_modules=["first"])

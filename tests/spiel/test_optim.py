@@ -236,7 +236,7 @@ def test_state_of_another_dtype_is_refused():
 @pytest.mark.parametrize("other", [torch.optim.AdamW, torch.optim.SGD, spiel.SpielSM3])
 def test_state_of_another_optimizer_is_refused(other):
     optimizer = stepped(spiel.SpielAdamW)
-    with pytest.raises(ValueError, match=r"of another optimizer: it says nothing of .*state_dtype"):
+    with pytest.raises(ValueError, match=r"of another optimizer: it lacks .*state_dtype"):
         optimizer.load_state_dict(stepped(other).state_dict())
     optimizer.step()
 

@@ -68,7 +68,7 @@ def test_supports_change_at_reselections_only(growth):
 
 
 def test_window_seeds_are_means_over_whole_optimizer_steps():
-    """Defect 4 of the original: with the same candidates, accumulation changes nothing."""
+    """Unlike in the original code: with the same candidates, accumulation changes nothing."""
     runs = {}
     for accumulation in (1, 4):
         model, optimizer, reselector = make(total_steps=8)
@@ -115,7 +115,7 @@ def test_window_gradients_are_clipped_as_the_optimizers_are():
 
 
 def test_sums_do_not_saturate_in_bf16():
-    """Defect 3: counts are integers and sums fp32, whatever the deltas' dtype."""
+    """Counts are integers and sums fp32, whatever the deltas' dtype."""
     model, optimizer, reselector = make(delta_dtype="bfloat16", total_steps=20)
     train(model, optimizer, reselector, batches(2))
     for window in reselector.windows.values():
@@ -171,7 +171,7 @@ def test_the_same_seed_gives_the_same_bits():
 
 
 def test_torchs_adamw_may_be_used_and_is_told_of():
-    with pytest.warns(UserWarning, match="AdamW knows no age"):
+    with pytest.warns(UserWarning, match="AdamW keeps no age"):
         model, optimizer, reselector = make(optimizer=torch.optim.AdamW)
     train(model, optimizer, reselector, batches(3))
     unseeded = torch.cat([state["exp_avg"] == 0 for state in optimizer.state.values()])
@@ -298,7 +298,7 @@ class Derived(torch.optim.SGD):
         return super().step(closure)
 
 
-@pytest.mark.filterwarnings("ignore:Derived knows no age")
+@pytest.mark.filterwarnings("ignore:Derived keeps no age")
 def test_a_step_that_calls_its_bases_is_one_step():
     torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     model, optimizer, reselector = make(optimizer=Derived)
@@ -316,7 +316,7 @@ class Bytes(torch.optim.SGD):
                 self.state[parameter]["bytes"] = torch.zeros_like(parameter, dtype=torch.uint8)
 
 
-@pytest.mark.filterwarnings("ignore:Bytes knows no age")
+@pytest.mark.filterwarnings("ignore:Bytes keeps no age")
 def test_an_optimizer_whose_state_cannot_follow_is_refused_after_its_first_step():
     model, optimizer, reselector = make(optimizer=Bytes)
     with pytest.raises(TypeError, match="Bytes keeps 'bytes' in a form that cannot follow"):
