@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from baselines import sizing
 from baselines.contestant import AdamWContestant, adapted
@@ -35,7 +35,7 @@ class Adapter:
     per_knob: Mapping[str, float] = field(default_factory=dict)
     seed: str | None = None
 
-    def prepare(self, model: torch.nn.Module, budget: Any, total_steps: int) -> AdamWContestant:
+    def prepare(self, model: PreTrainedModel, budget: Any, total_steps: int) -> AdamWContestant:
         config = self._solved(model, budget, total_steps)
         if self.seed is not None:
             setattr(config, self.seed, int(torch.randint(2**31, ())))
@@ -44,10 +44,10 @@ class Adapter:
             return contestant
         return AdamWContestant(contestant.model, [Allocation(contestant.model.base_model)])
 
-    def size(self, model: torch.nn.Module, budget: Any) -> int:
+    def size(self, model: PreTrainedModel, budget: Any) -> int:
         return sizing.count_trainable(model, self._solved(model, budget))
 
-    def _solved(self, model: torch.nn.Module, budget: Any, total_steps: int = MANY) -> PeftConfig:
+    def _solved(self, model: PreTrainedModel, budget: Any, total_steps: int = MANY) -> PeftConfig:
         sized = {} if self.knob is None else self._sized(self._solve(model, budget))
         options = {**self.config, **sized}
         return make_config(self.peft_type, options, budget.target_modules, total_steps)
@@ -56,7 +56,7 @@ class Adapter:
         assert self.knob is not None
         return {self.knob: size} | {name: size * each for name, each in self.per_knob.items()}
 
-    def _solve(self, model: torch.nn.Module, budget: Any) -> int:
+    def _solve(self, model: PreTrainedModel, budget: Any) -> int:
         asked, counter = budget.num_weights(model), sizing.Counter(model)
 
         def count(size: int) -> int:
@@ -66,7 +66,7 @@ class Adapter:
         refusal = f"{self.name} cannot have {asked} weights (budget {budget.label})"
         return sizing.solve(count, asked, self._largest(model, budget, asked), refusal)
 
-    def _largest(self, model: torch.nn.Module, budget: Any, asked: int) -> int:
+    def _largest(self, model: PreTrainedModel, budget: Any, asked: int) -> int:
         """What to search the knob below: where it has a meaning, or what no count exceeds."""
         text = model.config.get_text_config()
         if self.knob == "num_virtual_tokens" and not hasattr(text, "rope_parameters"):
@@ -106,7 +106,7 @@ def make_config(
         values.setdefault("target_modules", list(target_modules))
     if "total_step" in known:
         values["total_step"] = total_steps
-    return PEFT_TYPE_TO_CONFIG_MAPPING[peft_type](**values)
+    return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)](**values)
 
 
 def _field_names(peft_type: str) -> list[str]:
@@ -115,6 +115,5 @@ def _field_names(peft_type: str) -> list[str]:
         raise ValueError(f"peft_type {peft_type!r} is unknown to this peft, which has {known}")
     # peft_type is the class's own, as is inference_mode of an adapter that is to be trained.
     own = ("peft_type", "inference_mode")
-    return [
-        each.name for each in fields(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]) if each.name not in own
-    ]
+    every = fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)])
+    return [each.name for each in every if each.name not in own]

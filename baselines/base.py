@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from transformers import PreTrainedModel
 
 from baselines.contestant import AdamWContestant
 
@@ -22,8 +22,8 @@ class Untouched(AdamWContestant):
 class Base:
     """No training at all."""
 
-    def prepare(self, model: torch.nn.Module, budget: Any, total_steps: int) -> Untouched:
+    def prepare(self, model: PreTrainedModel, budget: Any, total_steps: int) -> Untouched:
         return Untouched(model.requires_grad_(False))
 
-    def size(self, model: torch.nn.Module, budget: Any) -> int:
+    def size(self, model: PreTrainedModel, budget: Any) -> int:
         return 0

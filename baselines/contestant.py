@@ -11,14 +11,15 @@ import torch
 from peft import PeftConfig, get_peft_model
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
+    from peft import PeftMixedModel, PeftModel
+    from transformers import PreTrainedModel, TrainerCallback
 
 
 @dataclass(frozen=True)
 class AdamWContestant:
     """A model of transformers or peft; its weights with `requires_grad` are what is trained."""
 
-    model: torch.nn.Module
+    model: PreTrainedModel | PeftModel | PeftMixedModel
     callbacks: Sequence[TrainerCallback] = ()
 
     @property
@@ -35,7 +36,7 @@ class AdamWContestant:
 
     def artifact(self, path: Path) -> None:
         """Writes what `save_pretrained` writes: an adapter for peft's models, else all weights."""
-        self.model.save_pretrained(path)
+        self.model.save_pretrained(str(path))
 
 
 def adapted(

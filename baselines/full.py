@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from transformers import PreTrainedModel
 
 from baselines.contestant import AdamWContestant, is_quantised
 
@@ -14,10 +14,10 @@ from baselines.contestant import AdamWContestant, is_quantised
 class Full:
     """AdamW on all weights."""
 
-    def prepare(self, model: torch.nn.Module, budget: Any, total_steps: int) -> AdamWContestant:
+    def prepare(self, model: PreTrainedModel, budget: Any, total_steps: int) -> AdamWContestant:
         if is_quantised(model):
             raise ValueError("full cannot train a quantised model: its weights have no gradient")
         return AdamWContestant(model.requires_grad_(True))
 
-    def size(self, model: torch.nn.Module, budget: Any) -> int:
+    def size(self, model: PreTrainedModel, budget: Any) -> int:
         return sum(weight.numel() for weight in model.parameters())

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import initialize_kv_prefix_from_past_key_values
+from transformers import PreTrainedModel
 
 from baselines.adapter import Adapter
 from baselines.contestant import AdamWContestant
@@ -24,13 +25,13 @@ class Prefix:
 
     activations: bool
 
-    def prepare(self, model: torch.nn.Module, budget: Any, total_steps: int) -> AdamWContestant:
+    def prepare(self, model: PreTrainedModel, budget: Any, total_steps: int) -> AdamWContestant:
         contestant = PREFIX.prepare(model, budget, total_steps)
         if self.activations:
             initialize(contestant.model)
         return contestant
 
-    def size(self, model: torch.nn.Module, budget: Any) -> int:
+    def size(self, model: PreTrainedModel, budget: Any) -> int:
         return PREFIX.size(model, budget)
 
 

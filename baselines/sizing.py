@@ -6,17 +6,21 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
-from torch import nn
+from peft import PeftConfig, PeftType, get_peft_model
+from transformers import PreTrainedModel
 
 #: How far from a budget a size may be and still count as meeting it.
 TOLERANCE = 0.01
 
 #: What stands in for options that need the values of weights, or that make frozen ones one by one
 #: (thousands of bases), by peft's name of the method.
-WITHOUT_VALUES = {"SHIRA": {"mask_fn": None}, "RANDLORA": {"sparse": True}}
+WITHOUT_VALUES: dict[str, dict[str, Any]] = {
+    "SHIRA": {"mask_fn": None},
+    "RANDLORA": {"sparse": True},
+}
 
 
 class Counter:
@@ -26,7 +30,7 @@ class Counter:
     next counts are made on one layer.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
         self.are_alike: bool | None = None
@@ -46,15 +50,17 @@ class Counter:
             return False
 
 
-def count_trainable(model: nn.Module, config: PeftConfig, num_layers: int | None = None) -> int:
-    """Weights that peft would train on `model`, a transformers model, which stays as it is.
+def count_trainable(
+    model: PreTrainedModel, config: PeftConfig, num_layers: int | None = None
+) -> int:
+    """Weights that peft would train on `model`, which stays as it is.
 
     Quantised or not, its architecture is built anew on the meta device, so this takes no memory
     and well under a second for seven billion weights. With `num_layers` it has so many decoder
     layers instead of its own. Raises what peft raises for `config`.
     """
     config = copy.deepcopy(config)
-    for name, value in WITHOUT_VALUES.get(config.peft_type.value, {}).items():
+    for name, value in WITHOUT_VALUES.get(PeftType(config.peft_type), {}).items():
         setattr(config, name, value)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")

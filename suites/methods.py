@@ -17,7 +17,7 @@ from suites.values import choose
 
 if TYPE_CHECKING:
     import torch
-    from transformers import TrainerCallback
+    from transformers import PreTrainedModel, TrainerCallback
 
     from suites.suite import Budget
 
@@ -44,11 +44,11 @@ class Contestant(Protocol):
 class Method(Protocol):
     """A way to fine-tune: a frozen dataclass whose fields are its hyper-parameters."""
 
-    def prepare(self, model: torch.nn.Module, budget: Budget, total_steps: int) -> Contestant:
+    def prepare(self, model: PreTrainedModel, budget: Budget, total_steps: int) -> Contestant:
         """Makes `model` trainable within `budget`; random choices follow torch's global seed."""
         ...
 
-    def size(self, model: torch.nn.Module, budget: Budget) -> int:
+    def size(self, model: PreTrainedModel, budget: Budget) -> int:
         """What `prepare` would train; `model` may be without values, and stays as it is."""
         ...
 
