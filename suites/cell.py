@@ -26,6 +26,7 @@ from suites.provenance import environment
 from suites.record import Record, Size, Training, now
 from suites.steps import StepMeter
 from suites.suite import Suite, placed
+from suites.values import given
 
 
 @dataclass
@@ -132,7 +133,8 @@ def _load(work: Work) -> Materials:
         if suite.recipe.gradient_checkpointing:
             # The kind that works with frozen embeddings, as adapters have them.
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        vocab_size = model.get_input_embeddings().num_embeddings
+        # To torch's types a module's field is a Tensor or a Module.
+        vocab_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
         examples = load_examples(suite.data, tokenizer, vocab_size)
     return Materials(model, tokenizer, examples, Collator.of(tokenizer))
 
@@ -147,7 +149,7 @@ def _train(work: Work, contestant: Contestant, materials: Materials) -> None:
     )
     work.checkpoints.attach(work.meter, steps)
     setup = train.Setup(
-        recipe, cell.tuning, cell.seed, work.device, work.rank.num_ranks, work.checkpoints
+        recipe, given(cell.tuning), cell.seed, work.device, work.rank.num_ranks, work.checkpoints
     )
     num_tokens, products = 0, [yardstick.product_seconds(work.device)]
     try:

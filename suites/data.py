@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from suites.formats import Text, texts
 from suites.rows import read_rows
 from suites.sources import RANDOM_TOKENS, DataSource
+from suites.values import given
 
 #: A label that the loss leaves out (torch's and transformers' convention).
 IGNORED = -100
@@ -105,7 +106,7 @@ def random_examples(source: DataSource, vocab_size: int | None) -> Examples:
     if vocab_size is None:
         raise ValueError("random tokens need the model's vocab_size")
     ids = np.random.default_rng(source.choice_seed).integers(
-        vocab_size, size=(source.num_examples, source.max_length), dtype=np.int32
+        vocab_size, size=(given(source.num_examples), source.max_length), dtype=np.int32
     )
     return Examples(tuple(Tokens(row, ((0, source.max_length),)) for row in ids), 0)
 

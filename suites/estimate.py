@@ -157,6 +157,7 @@ def earlier_records(out: Path, here: Environment) -> list[Record]:
             each = record.read(path)
         except DamagedRecordError:
             continue
-        if each.status == "ok" and each.environment is not None:
+        is_here = each.environment is not None and each.environment.hardware == here.hardware
+        if each.status == "ok" and is_here:
             found.append(each)
-    return [each for each in found if each.environment.hardware == here.hardware]
+    return found

@@ -12,6 +12,7 @@ from suites.record import Record
 from suites.report import BASELINE, MixedRecordsError
 from suites.sources import ROLES
 from suites.table import MIB, number
+from suites.values import given
 
 BETTER, SAME, UNSURE, WORSE, UNJUDGED = "better", "same", "unsure", "WORSE", "-"
 
@@ -89,7 +90,7 @@ def _ok(records: Sequence[Record], method: str) -> list[Record]:
 
 def _hardware(records: Sequence[Record]) -> set[str]:
     """One or none: `require_comparable` saw to it."""
-    return {each.environment.hardware for each in records if each.status == "ok"}
+    return {report.hardware(each) for each in records if each.status == "ok"}
 
 
 def _cells(method: str, now: Sequence[Record], before: Sequence[Record]) -> Finding:
@@ -130,8 +131,8 @@ def _time(
 ) -> Finding:
     """Beside LoRA's, by which the machine's mood cancels; LoRA's own is shown and not judged."""
     if method == BASELINE:
-        means = [_mean(report.by_seed(each, method, _milliseconds)) for each in (before, now)]
-        return Finding(method, "step time ms", *means, UNJUDGED)
+        then, own = (_mean(report.by_seed(each, method, _milliseconds)) for each in (before, now))
+        return Finding(method, "step time ms", then, own, UNJUDGED)
     return _cost(
         method, TIME, _beside_lora(now, method), _beside_lora(before, method), same_machine
     )
@@ -169,7 +170,7 @@ def _cost(
 ) -> Finding:
     """Of a cost by seeds, now and before: over the seeds that both have."""
     seeds = then.keys() & own.keys()
-    means = [_mean({seed: costs[seed] for seed in seeds}) for costs in (then, own)]
+    before, now = (_mean({seed: costs[seed] for seed in seeds}) for costs in (then, own))
     verdict = UNJUDGED
     if then and not own:
         verdict = WORSE
@@ -178,7 +179,7 @@ def _cost(
         assert change is not None and change.half_width is not None
         low, high = change.mean - change.half_width, change.mean + change.half_width
         verdict = _verdict(low, high, COST_LIMIT)
-    return Finding(method, measure, *means, verdict)
+    return Finding(method, measure, before, now, verdict)
 
 
 def _mean(costs: Mapping[int, float]) -> float | None:
@@ -198,13 +199,13 @@ def _sizes(method: str, own: Sequence[Record], then: Sequence[Record]) -> Iterat
         elif same_kind or name != "saved_for_backward_bytes":
             ratio = now / before if before else 1.0 + now
             verdict = _verdict(ratio, ratio, SIZE_LIMIT)
-        sizes = [None if size is None else size / unit for size in (before, now)]
-        yield Finding(method, measure, *sizes, verdict, ",.0f" if unit == 1 else ".3f")
+        now = None if now is None else now / unit
+        yield Finding(method, measure, before / unit, now, verdict, ",.0f" if unit == 1 else ".3f")
 
 
 def _kinds(records: Sequence[Record]) -> set[str]:
     """`cpu` or `cuda`."""
-    return {each.environment.device.partition(":")[0] for each in records}
+    return {given(each.environment).device.partition(":")[0] for each in records}
 
 
 def _mean_size(records: Sequence[Record], name: str) -> float | None:
@@ -270,7 +271,7 @@ def libraries(now: Sequence[Record], before: Sequence[Record]) -> list[str]:
 
 
 def _used(record: Record) -> Iterator[tuple[str, str]]:
-    yield from record.environment.packages.items()
+    yield from given(record.environment).packages.items()
     yield f"backend of {record.method_name}", record.backend or "none"
 
 

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from suites.record import PhaseCost
+from suites.values import given
 
 
 def synchronize(device: str) -> None:
@@ -70,7 +71,7 @@ def joined(first: PhaseCost, second: PhaseCost) -> PhaseCost:
     return PhaseCost(
         first.seconds + second.seconds,
         max(first.peak_bytes or 0, second.peak_bytes or 0),
-        None if None in reserved else max(reserved),
+        None if None in reserved else max(map(given, reserved)),
     )
 
 

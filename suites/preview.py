@@ -21,6 +21,7 @@ from suites.plan import Cell, Execution
 from suites.progress import clock
 from suites.provenance import Environment, environment
 from suites.table import MIB
+from suites.values import given
 
 #: Column -> the field of an Estimate.
 PARTS = {
@@ -68,7 +69,7 @@ def present(cells: Sequence[Cell], out: Path, way: Execution) -> int:
     notes = [f"{', '.join(names)}: {found}" for found, names in obstacles.items()]
     for note in [NOTE, *notes]:
         say(console, note)
-    whole = "unknown" if None in left_seconds else clock(sum(left_seconds))
+    whole = "unknown" if None in left_seconds else clock(sum(map(given, left_seconds)))
     say(console, f"{len(cells) - len(done)} of {len(cells)} cells to do, time: {whole}")
     for line in [MISSING, *missing] if missing else ():
         say(console, line)

@@ -14,6 +14,7 @@ import pandas as pd
 from suites import stats
 from suites.record import Record, TaskScore
 from suites.sources import ROLES
+from suites.values import given
 
 BASELINE = "lora"
 PHASES = ("load", "prepare", "train", "evaluate")
@@ -32,7 +33,7 @@ def require_comparable(records: Sequence[Record]) -> None:
 
 
 def hardware(record: Record) -> str:
-    return record.environment.hardware
+    return given(record.environment).hardware
 
 
 def require_one(
@@ -83,8 +84,8 @@ def frame(records: Sequence[Record], planned: Mapping[str, int] | None = None) -
         row |= columns("step_seconds", list(seconds.values()))
         ratio = stats.paired_ratio(seconds, base_seconds)
         row[f"step_ratio_to_{BASELINE}"] = ratio.mean if ratio else None
-        uncertain = ratio is not None and method != BASELINE
-        row[f"step_ratio_to_{BASELINE}_ci95"] = ratio.half_width if uncertain else None
+        half_width = ratio.half_width if ratio and method != BASELINE else None
+        row[f"step_ratio_to_{BASELINE}_ci95"] = half_width
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -126,12 +127,12 @@ def _quality(ok: Sequence[Record]) -> dict[str, Any]:
     names = ("num_trainable", "trainable_percent", "num_asked", "lr", "weight_decay", "backend")
     row: dict[str, Any] = {"matched": False, **dict.fromkeys(names)}
     if ok:
-        size, tuning = ok[0].size, ok[0].tuning or {}
+        size, tuning = given(ok[0].size), ok[0].tuning or {}
         row |= {
             "num_trainable": size.num_trainable,
             "trainable_percent": 100 * size.num_trainable / size.num_weights,
             "num_asked": size.num_asked,
-            "matched": all(record.size.matched for record in ok),
+            "matched": all(given(record.size).matched for record in ok),
             "lr": tuning.get("lr"),
             "weight_decay": tuning.get("weight_decay"),
             "backend": ok[0].backend,

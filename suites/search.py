@@ -19,6 +19,7 @@ from suites.report import MixedRecordsError, columns, require_comparable, role_m
 from suites.sources import ROLES
 from suites.suite import Suite, Tuning
 from suites.table import load, spread
+from suites.values import given
 
 
 def present(cells: Sequence[Cell], out: Path) -> int:
@@ -32,7 +33,7 @@ def present(cells: Sequence[Cell], out: Path) -> int:
         say(console, f"not counted: {problem}")
     failed = [record for record in records if record.status != "ok"]
     for record in failed:
-        tuning = f"lr {record.tuning['lr']:g} seed {record.seed}"
+        tuning = f"lr {given(record.tuning)['lr']:g} seed {record.seed}"
         say(console, f"{record.method_name} {tuning} {record.status}: {record.reason}")
     try:
         require_comparable(records)
@@ -168,7 +169,8 @@ def curves(records: Sequence[Record], left: Collection[str] = ()) -> pd.DataFram
     """
     groups: dict[tuple[str, float, float], list[Record]] = {}
     for record in records:
-        key = (record.method_name, record.tuning["lr"], record.tuning["weight_decay"])
+        tuning = given(record.tuning)
+        key = (record.method_name, tuning["lr"], tuning["weight_decay"])
         groups.setdefault(key, []).append(record)
     rows = [
         {"method": method, "lr": lr, "weight_decay": weight_decay} | outcome(own)

@@ -8,7 +8,9 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def require(condition: bool, message: str) -> None:
@@ -20,6 +22,12 @@ def require(condition: bool, message: str) -> None:
 def require_finite(name: str, value: float) -> None:
     """Raises ValueError for a value that no record can hold."""
     require(math.isfinite(value), f"{name} must be finite, got {value}")
+
+
+def given(value: T | None) -> T:
+    """`value`, where it cannot be None: an ok record has its environment and size."""
+    assert value is not None
+    return value
 
 
 def choose(kind: str, name: str, table: Mapping[str, Any]) -> Any:
