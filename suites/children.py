@@ -14,16 +14,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the first is not on every platform
+    from multiprocessing.context import ForkServerContext, SpawnContext
+
+    Context = ForkServerContext | SpawnContext
 
 #: What children get to end by themselves before they are ended.
 GRACE_SECONDS = 3
 
 
-def context(log: Path) -> BaseContext:
+def context(log: Path) -> Context:
     """Starts the server process, what it prints going to `log`, or falls back to spawning."""
     # Threads that spin while they wait make each other 10 times slower where cores are shared,
     # and a comparison with them; OpenMP reads this once, when the libraries are loaded.
@@ -40,7 +44,7 @@ def context(log: Path) -> BaseContext:
 
 
 def run_child(
-    chosen: BaseContext,
+    chosen: Context,
     target: Callable[..., None],
     arguments: Sequence[tuple[Any, ...]],
     hear: Callable[[Any], None],

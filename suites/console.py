@@ -62,9 +62,8 @@ def say(console: Console, line: str) -> None:
 def drawn(title: str, table: pd.DataFrame) -> Table:
     drawn = Table(title=title, title_justify="left")
     for index, name in enumerate(table.columns):
-        justify = "left" if index == 0 else "right"
         # Where there is no room it goes on in the next line: a number that is cut is a wrong one.
-        drawn.add_column(name, justify=justify, overflow="fold")
+        drawn.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for row in table.itertuples(index=False):
         drawn.add_row(*row)
     return drawn

@@ -33,10 +33,10 @@ class Rank:
         if wanted == "cpu":
             return
         first, visible = first_gpu(wanted), os.environ.get("CUDA_VISIBLE_DEVICES")
-        shown = range(first, first + self.num_ranks)
+        shown = [str(gpu) for gpu in range(first, first + self.num_ranks)]
         if visible is not None:
             shown = visible.split(",")[first : first + self.num_ranks]
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, shown))
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(shown)
 
     def join(self, wanted: str | None) -> str:
         """The device this rank trains on, of those that `show_gpus` left; lets accelerate find the

@@ -196,8 +196,7 @@ def compared(setting: dict[str, Any], records: Sequence[Record]) -> list[dict[st
 
 def least(values: Iterable[float | None]) -> float | None:
     """The least of the rivals' `values`; None if there is none, or one was not measured (0)."""
-    known = list(values)
-    return min(known) if known and all(known) else None
+    return min((value or 0.0 for value in values), default=0.0) or None
 
 
 def ratio(value: float | None, to: float | None) -> str:

@@ -194,9 +194,11 @@ def _messages(row: Mapping[str, Any], column: str, where: str) -> list[dict[str,
 
 def _renderer(tokenizer: PreTrainedTokenizerBase) -> Render:
     def render(messages: Sequence[Mapping[str, str]], header: bool) -> str:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=header
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=header
         )
+        assert isinstance(text, str)  # as it is not tokenised
+        return text
 
     return render
 

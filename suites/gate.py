@@ -152,8 +152,8 @@ def stale(now: Sequence[Record], out: Path) -> list[str]:
 
     here = git_revision()
     made = {each.environment.git_revision for each in now if each.environment}
-    others = sorted(each[:12] for each in made - {here, None}) if here else []
-    if not others:
+    others = sorted(each[:12] for each in made if each and each != here)
+    if not here or not others:
         return []
     return [
         f"{out} has results of revision {', '.join(others)}, and the code here is of {here[:12]}: "

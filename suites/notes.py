@@ -10,6 +10,7 @@ from suites import report, stats
 from suites.plan import Cell, stand_in
 from suites.record import Record
 from suites.sources import ROLES
+from suites.values import given
 
 UNMATCHED = "†"
 SIGNIFICANT = "*"
@@ -84,8 +85,10 @@ def rates(cells: Sequence[Cell]) -> list[str]:
     for cell in trained:
         if cell.tuning != suite.tunings.get(stand_in(cell.method, suite.tunings)):
             picked.append(cell.method)
+        elif cell.method in suite.tunings:
+            own.append(cell.method)
         else:
-            (own if cell.method in suite.tunings else borrowed).append(cell.method)
+            borrowed.append(cell.method)
     sources = {
         "the suite's own (--search picks them on dev)": own,
         f"{report.BASELINE}'s, for want of one of their own": borrowed,
@@ -129,7 +132,7 @@ def machine(records: Sequence[Record]) -> list[str]:
 
 def where(record: Record) -> str:
     """The machine, and the revision of the code that the record was made with."""
-    environment = record.environment
+    environment = given(record.environment)
     revision = (environment.git_revision or "unknown")[:12]
     changed = ", changed" if environment.git_dirty else ""
     return f"{environment.hardware}; revision {revision}{changed}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def cells(records: Mapping[str, Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def versions(records: Sequence[Record]) -> pd.DataFrame:
+def versions(records: Iterable[Record]) -> pd.DataFrame:
     """A row a package: the versions that the records were made with."""
     known = [record.environment for record in records if record.environment is not None]
     found = report.grouped(

@@ -142,7 +142,7 @@ def plan_search(suite: Suite, methods: Sequence[str], seeds: Iterable[int]) -> l
     trained = [name for name in methods if entry_of(name).trains]
     if not trained:
         raise ValueError(f"nothing to search: {', '.join(methods)} does not train")
-    grids = {name: suite.grids.get(stand_in(name, suite.grids)) for name in trained}
+    grids = {name: suite.grids.get(stand_in(name, suite.grids), ()) for name in trained}
     for name, grid in grids.items():
         if not grid:
             raise ValueError(_lacks(suite, "grid", name, suite.grids))

@@ -130,10 +130,12 @@ def start_at_picks(
 def conclude(cells: Sequence[Cell], out: Path, searching: bool) -> int:
     """Prints and writes the table of `cells`, or the curves of a search, from their records."""
     if searching:
-        from suites import search as room
-    else:
-        from suites import table as room
-    return room.present(cells, out)
+        from suites import search
+
+        return search.present(cells, out)
+    from suites import table
+
+    return table.present(cells, out)
 
 
 def _interrupt(*_: Any) -> NoReturn:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Sequence
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +124,7 @@ def _check_hub(suite: Suite) -> None:
         raise NotReadyError("\n".join([MISSING, *missing]))
 
 
-def _build_world(world: World, out: Path, chosen: BaseContext, view: Progress) -> Path:
+def _build_world(world: World, out: Path, chosen: children.Context, view: Progress) -> Path:
     built: list[workers.Built] = []
 
     def hear(message: Any) -> None:
@@ -147,7 +146,7 @@ def _build_world(world: World, out: Path, chosen: BaseContext, view: Progress) -
 
 
 def _check_tasks(
-    suite: Suite, world: Path | None, out: Path, chosen: BaseContext, view: Progress
+    suite: Suite, world: Path | None, out: Path, chosen: children.Context, view: Progress
 ) -> None:
     """Raises NotReadyError for a task that could not be asked after training."""
     heard: list[messages.Checked] = []
@@ -164,7 +163,7 @@ def _run_one(
     world: Path | None,
     out: Path,
     way: Execution,
-    chosen: BaseContext,
+    chosen: children.Context,
     view: Progress,
 ) -> tuple[str, str]:
     """Status and reason of `cell`; where its child could write no record, this writes one."""

@@ -32,9 +32,8 @@ class LossWatch(TrainerCallback):
         # After a checkpoint, those of the steps before it.
         self.losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs["logs"]
         if "loss" not in logs:
             return  # the summary after the last step
         if not math.isfinite(logs["loss"]):
