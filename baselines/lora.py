@@ -41,7 +41,7 @@ class Lora:
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=rank,
-            lora_alpha=self.alpha_over_rank * rank,
+            lora_alpha=self.alpha_over_rank * rank,  # type: ignore[arg-type]  # floats too
             rank_pattern=higher,
             alpha_pattern={name: self.alpha_over_rank * own for name, own in higher.items()},
             lora_dropout=self.dropout,

@@ -50,7 +50,8 @@ def load_model(source: ModelSource, device: str) -> PreTrainedModel:
             source.path, trust_remote_code=source.trust_remote_code, **options
         )
         _keep_exact(model)
-        model = model if source.quantize else model.to(device)
+        if not source.quantize:
+            model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the self
     # generate() asks for its own cache; the Trainer would hold one for nothing.
     model.config.use_cache = False
     return model.eval()
@@ -128,9 +129,10 @@ def _keep_exact(model: PreTrainedModel) -> None:
 
     It would do so in place and with loss, in the first evaluation; training after it is wrong.
     """
+    flag = "support_avx512bf16_for_cpu"
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, flag):
+            setattr(module, flag, False)
 
 
 def _empty_4bit(model: PreTrainedModel, quantization: Any) -> PreTrainedModel:
@@ -140,7 +142,8 @@ def _empty_4bit(model: PreTrainedModel, quantization: Any) -> PreTrainedModel:
 
     head = [name for name, module in model.named_modules() if module is model.lm_head]
     model = replace_with_bnb_linear(model, head, quantization)
-    model.is_loaded_in_4bit = model.is_quantized = True
+    for flag in ("is_loaded_in_4bit", "is_quantized"):
+        setattr(model, flag, True)
     model.config.quantization_config = quantization
     model.hf_quantizer = AutoHfQuantizer.from_config(quantization)
     return model
@@ -161,20 +164,19 @@ def _fill(model: PreTrainedModel, spread: float, device: str) -> None:
 def _random(
     module: torch.nn.Module, parameter: torch.nn.Parameter, spread: float, device: str
 ) -> torch.nn.Parameter:
-    shape, dtype = parameter.shape, parameter.dtype
+    # A Linear4bit is made without its dtype, and has no quantised form on the meta device.
+    shape, dtype = parameter.shape, getattr(module, "compute_dtype", parameter.dtype)
     is_packed = hasattr(module, "quant_state") and parameter is module.weight
-    if hasattr(module, "quant_state"):  # a Linear4bit, made without its dtype
-        dtype = module.compute_dtype
-    if is_packed:  # on the meta device it has no quantised form
-        shape = (module.out_features, module.in_features)
+    if is_packed and isinstance(module, torch.nn.Linear):
+        shape = torch.Size((module.out_features, module.in_features))
     values = torch.empty(shape, dtype=dtype, device=device)
     if len(shape) == 1:
         values.fill_(0.0 if parameter is getattr(module, "bias", None) else 1.0)
     else:
         values.normal_(0.0, spread)
     if is_packed:
-        kind = type(parameter)
-        return kind(values, requires_grad=False, quant_type="nf4", compress_statistics=True).to(
-            device
-        )
+        from bitsandbytes.nn import Params4bit
+
+        packed = Params4bit(values, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        return packed.to(device)  # type: ignore[misc]  # it says that it moves Modules
     return torch.nn.Parameter(values)

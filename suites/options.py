@@ -23,7 +23,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"{self.prog}: error: {' '.join(message.split())}\n")
 
-    def parse_args(self, *arguments: Any, **options: Any) -> argparse.Namespace:
+    def parse_args(  # type: ignore[override]  # nobody gives it a namespace of another class
+        self, *arguments: Any, **options: Any
+    ) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(*arguments, **options)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]

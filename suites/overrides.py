@@ -57,7 +57,7 @@ def _task(text: str, suite: Suite) -> Task:
     metric, _, filtered = metric.partition("/")
     if (role or "target") not in ROLES:
         raise ValueError(f"--tasks: role {role!r} in {text!r} is not one of {', '.join(ROLES)}")
-    return Task(name, f"{metric},{filtered or 'none'}", role or "target")  # type: ignore[arg-type]
+    return Task(name, f"{metric},{filtered or 'none'}", role or "target")  # type: ignore[arg-type]  # one of ROLES
 
 
 def place(path: str) -> str:
