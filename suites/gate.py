@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,10 +78,17 @@ def kept_records(folder: Path) -> list[Record]:
     from suites.record import read
 
     ranks = {name: rank for rank, name in enumerate(METHODS)}
-    return sorted(
+    found = sorted(
         map(read, folder.glob("*.json")),
         key=lambda each: (ranks.get(each.method_name, len(ranks)), each.method_name, each.seed),
     )
+    for one, other in pairwise(found):
+        if (one.method_name, one.seed) == (other.method_name, other.seed):
+            raise ValueError(
+                f"{folder} has several records of {one.method_name} seed {one.seed}, at different "
+                "learning rates: keep one of them"
+            )
+    return found
 
 
 def with_baseline(suite: Suite, kept: list[Record], records: Sequence[Record]) -> list[Record]:
@@ -89,7 +97,7 @@ def with_baseline(suite: Suite, kept: list[Record], records: Sequence[Record]) -
 
     if BASELINE in {each.method_name for each in kept} or BASELINE not in suite.tunings:
         return kept
-    seeds = {each.seed for each in kept}
+    seeds = {each.seed for each in kept if each.tuning is not None}  # the others have no costs
     beside = [each for each in records if each.method_name == BASELINE and each.seed in seeds]
     return [*kept, *beside]
 

@@ -17,8 +17,8 @@ from suites.values import given
 BETTER, SAME, UNSURE, WORSE, UNJUDGED = "better", "same", "unsure", "WORSE", "-"
 
 #: What is let pass: of a role's mean accuracy, of step time and peak memory, and of sizes, which
-#: are exact but for paths in an adapter's config.
-SCORE_LIMIT, COST_LIMIT, SIZE_LIMIT = 0.01, 0.05, 0.001
+#: are exact but for so many bytes of paths in an adapter's config and card.
+SCORE_LIMIT, COST_LIMIT, SIZE_LIMIT, PATHS = 0.01, 0.05, 0.001, 2048
 
 #: Of two-sided intervals. Whether something got worse asks for one side alone, and is answered
 #: with 95 % confidence by the end of an interval of 90 %.
@@ -197,8 +197,8 @@ def _sizes(method: str, own: Sequence[Record], then: Sequence[Record]) -> Iterat
         if now is None:
             verdict = WORSE
         elif same_kind or name != "saved_for_backward_bytes":
-            ratio = now / before if before else 1.0 + now
-            verdict = _verdict(ratio, ratio, SIZE_LIMIT)
+            spare = SIZE_LIMIT * before + (PATHS if name == "artifact_bytes" else 0)
+            verdict = WORSE if now > before + spare else BETTER if now < before - spare else SAME
         now = None if now is None else now / unit
         yield Finding(method, measure, before / unit, now, verdict, ",.0f" if unit == 1 else ".3f")
 

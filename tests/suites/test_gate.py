@@ -332,6 +332,28 @@ def test_what_a_search_picked_is_judged_at_its_own_tuning(tmp_path, capsys):
     assert "1 of 18 measures got worse" in capsys.readouterr().out
 
 
+def test_several_kept_records_of_one_cell_are_bad_input(tmp_path, capsys):
+    keep(tmp_path / "kept", both())
+    other = cell("spiel", seed=1).record_path(tmp_path / "kept").with_name("spiel-r2-lr5-s1.json")
+    record.write(run("spiel", seed=1), other)
+    with pytest.raises(SystemExit) as ended:
+        command(tmp_path)
+    assert ended.value.code == 2
+    assert "several records of spiel seed 1" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_longer_path_in_an_adapter_is_no_larger_adapter():
+    now = both()
+    for index, each in enumerate(now):
+        size = dataclasses.replace(each.size, artifact_bytes=70_000 + (500 if index > 1 else 0))
+        now[index] = dataclasses.replace(each, size=size)
+    before = [
+        dataclasses.replace(each, size=dataclasses.replace(each.size, artifact_bytes=70_000))
+        for each in now
+    ]
+    assert verdicts(now, before)["spiel", "artifact MiB"] == SAME
+
+
 def test_a_damaged_record_fails(tmp_path, capsys):
     keep(tmp_path / "kept", both())
     keep(tmp_path / "now", both())
