@@ -4,11 +4,12 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import spiel
-from spiel import ops
+from spiel import live, ops
 from spiel.ops import blocked
 
 ROWS, COLS, WORKSPACE_BYTES = 1200, 1000, 2**19
@@ -64,6 +65,15 @@ def test_no_tensor_is_larger_than_the_workspace(growth, backend, dtype, monkeypa
     # Activations, and the constant table of bias corrections, are smaller still.
     assert largest.num_bytes <= WORKSPACE_BYTES, largest.operation
     assert base[0].base_layer.weight.nbytes > 4 * WORKSPACE_BYTES
+
+
+def test_no_copy_of_a_16_bit_weight_is_made_to_write_its_entries():
+    weight = torch.randn(4000, 4000, dtype=torch.bfloat16)
+    places, entries = torch.arange(0, weight.numel(), 1000), torch.ones(16000, dtype=weight.dtype)
+    with profile(profile_memory=True) as profiled:
+        live._write(weight, places, entries)
+    assert max(event.self_cpu_memory_usage for event in profiled.key_averages()) < weight.nbytes
+    assert torch.equal(weight.view(-1)[places], entries)
 
 
 def test_the_workspace_is_small():
