@@ -22,5 +22,5 @@ def kept_ratios():
     return {name: value for each in own for name, value in each.items()}
 
 
-def most(name, goal, margin=MARGIN):
-    return kept_ratios().get(name, goal) * margin
+def most(name, goal):
+    return kept_ratios().get(name, goal) * MARGIN
