@@ -93,12 +93,13 @@ def begin(
 ) -> Work:
     """Finds the device, the other ranks, and a checkpoint to go on from."""
     device = rank.join(cell.suite.device)
-    here = environment(device, rank.num_ranks)
+    # As the first rank sees it: all of them must find the same checkpoint.
+    here = environment(device.replace(f":{rank.index}", ":0"), rank.num_ranks)
     tell = report if rank.is_main else lambda _: None
     meter = measure.Meter(device, lambda phase: tell(Report(phase)))
     parts |= {"environment": here, "phases": meter.phases}
     checkpoints = Checkpoints(
-        cell.checkpoints(out), way.save_seconds, here, parts["world"], rank.is_main
+        cell.checkpoints(out), way.save_seconds, here, parts["world"], rank.is_main, way.force
     )
     if checkpoints.passed_over:
         steps = ", ".join(map(str, checkpoints.passed_over))

@@ -51,7 +51,7 @@ class Checkpoints(TrainerCallback):
     be able to say of all its steps what made them. It stays until training is past its step.
 
     Attributes:
-        history: of the checkpoint to go on from, or of none.
+        history: of the checkpoint to go on from, or of none, as if begun `anew`.
         passed_over: the steps of checkpoints that others made.
     """
 
@@ -62,13 +62,16 @@ class Checkpoints(TrainerCallback):
         environment: Environment,
         world: str | None,
         is_main: bool = True,
+        anew: bool = False,
     ) -> None:
         self.folder, self.every_seconds, self.is_main = folder, every_seconds, is_main
         made_by = [code_hash(), environment.hardware, environment.packages, world]
         self.made_by = json.loads(json.dumps(made_by))
         self.passed_over: list[int] = []
-        self.history = self._newest() or History(started_at=now())
+        found = None if anew else self._newest()
+        self.history = found or History(started_at=now())
         self._saved_at = 0.0
+        self._given_up = 0  # the last step whose checkpoint could not be written
         self._meters: tuple[Meter, StepMeter] | None = None
 
     def attach(self, meter: Meter, steps: StepMeter) -> None:
@@ -89,7 +92,7 @@ class Checkpoints(TrainerCallback):
         self._saved_at = time.monotonic()
         _wait_for_ranks()  # each of them writes a file of its own
         newest = self.folder / f"checkpoint-{state.global_step}"
-        if not self.is_main or not newest.exists():
+        if not self.is_main or state.global_step == self._given_up:
             return
         try:
             _flush(newest)
@@ -105,6 +108,7 @@ class Checkpoints(TrainerCallback):
 
     def give_up(self, step: int, error: Exception) -> None:
         """Removes what was written of a checkpoint that cannot be; the one before it stays."""
+        self._given_up = step
         shutil.rmtree(self.folder / f"checkpoint-{step}", ignore_errors=True)
         print(f"checkpoint of step {step} not written: {error}", file=sys.stderr)
 

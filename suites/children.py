@@ -76,9 +76,12 @@ def _listen(
     children: Sequence[BaseProcess], connection: Connection, hear: Callable[[Any], None]
 ) -> None:
     """Hears the children until the main one has ended or another has failed."""
-    while children[0].is_alive() and not any(child.exitcode for child in children):
+    while children[0].is_alive():
         # Not those that ended well, whose sentinels would wake this all the time.
-        wait([connection, *(child.sentinel for child in children if child.is_alive())])
+        running = [child.sentinel for child in children if child.is_alive()]
+        if any(child.exitcode for child in children):
+            return
+        wait([connection, *running])
         if not _drain(connection, hear):
             children[0].join()
 

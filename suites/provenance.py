@@ -76,7 +76,8 @@ def environment(device: str, num_processes: int = 1, first_gpu: int = 0) -> Envi
 
 def git_revision() -> str | None:
     """The commit that is checked out here, or None where there is no git or no repository."""
-    return _git("rev-parse", "HEAD")
+    tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
+    return _git("rev-parse", "HEAD") if tracked else None
 
 
 def code_hash() -> str:
@@ -84,7 +85,8 @@ def code_hash() -> str:
     root, found = Path(__file__).parents[1], hashlib.sha256()
     for package in ("spiel", "baselines", "suites"):
         for path in sorted((root / package).rglob("*.py")):
-            found.update(path.read_bytes())
+            if path.is_file():  # an editor's lock is a link that leads nowhere
+                found.update(path.read_bytes())
     return found.hexdigest()[:16]
 
 

@@ -39,7 +39,8 @@ def run_cell(
         if obstacle:
             connection.send(Skipped(obstacle))
             return
-        os.ftruncate(1, 0)  # only now: until it has the lock, the log is another runner's
+        if rank.is_main:  # only now: until it has the lock, the log is another runner's
+            os.ftruncate(1, 0)
         _work(cell, world, out, way, rank, connection)
 
 

@@ -244,6 +244,33 @@ def test_ranks_have_written_their_files_before_the_history_is(tmp_path, monkeypa
     assert seen == [False, True]
 
 
+def test_a_checkpoint_that_was_passed_over_stays_until_training_is_past_it(tmp_path, monkeypatch):
+    write_history(tmp_path, 5, checkpoints(tmp_path, cpu="another"))
+    saving = checkpoints(tmp_path)
+    for step, left in {4: [4, 5], 6: [6]}.items():
+        write_history(tmp_path, step, saving)
+        save(saving, step, monkeypatch)
+        found = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+        assert found == [f"checkpoint-{each}" for each in left]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_all_ranks_find_the_checkpoint_of_the_first(index, tmp_path, monkeypatch):
+    of = cell()
+    monkeypatch.setattr(Rank, "join", lambda self, device: f"cuda:{self.index}")
+    monkeypatch.setattr(cell_module.measure, "Meter", lambda device, tell: Meter("cpu", tell))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "A GPU")
+
+    def begin(index, **changes):
+        way, rank = Execution(num_processes=2, **changes), Rank(index, 2)
+        parts = {"world": None}
+        return cell_module.begin(of, None, tmp_path, way, rank, print, parts).checkpoints
+
+    write_history(of.checkpoints(tmp_path), 9, begin(0))
+    assert begin(index).history.folder is not None
+    assert begin(index, force=True).history.folder is None
+
+
 def test_force_begins_anew(tmp_path):
     of = trained("lora")
     run(of, tmp_path, killed_at=KILLED_AT)
