@@ -48,8 +48,9 @@ def make_console(stderr: bool = False) -> Console:
     """Takes brackets in names for no markup, and has 100 columns where it is a file or a pipe,
     which has no width.
     """
-    stream: Any = Lasting(sys.stderr if stderr else sys.stdout)
-    console = Console(file=stream, markup=False, highlight=False)
+    stream: Any = sys.stderr if stderr else sys.stdout  # None where it was closed at the start
+    stream = stream and Lasting(stream)
+    console = Console(file=stream, markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = 100
     return console

@@ -180,7 +180,8 @@ def write(record: Record, path: Path) -> None:
 def _keep(record: Record, path: Path) -> None:
     with suppress(DamagedRecordError):  # or there is none
         found = read(path)
-        if found.status == "ok" and (found.cell_hash, "ok") != (record.cell_hash, record.status):
+        is_redone = (found.cell_hash, found.world) == (record.cell_hash, record.world)
+        if found.status == "ok" and not (is_redone and record.status == "ok"):
             kept = path.parent / "replaced" / f"{path.stem}-{found.cell_hash}.json"
             write_whole(path.read_text(encoding="utf-8"), kept)
 
