@@ -244,6 +244,7 @@ def test_child_that_cannot_write_says_so(tmp_path, monkeypatch, world_folder):
     connection = type("Connection", (), {"send": staticmethod(sent.append)})
     monkeypatch.setattr(record, "write", no_space)
     monkeypatch.setattr(workers, "_begin", lambda log, keep: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # which it changes for all its process
     workers.run_cell(cell("base"), world_folder, tmp_path, Execution(), Rank(), connection)
     assert isinstance(sent[-1], messages.Unwritten)
     assert "No space left" in sent[-1].problem
@@ -257,6 +258,7 @@ def test_a_fault_of_the_record_is_no_full_disk(tmp_path, monkeypatch, world_fold
     connection = type("Connection", (), {"send": staticmethod(sent.append)})
     monkeypatch.setattr(record, "write", refuse)
     monkeypatch.setattr(workers, "_begin", lambda log, keep: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # which it changes for all its process
     with pytest.raises(ValueError, match="JSON"):  # ends the child: the runner records that
         workers.run_cell(cell("base"), world_folder, tmp_path, Execution(), Rank(), connection)
     assert not any(isinstance(word, messages.Unwritten) for word in sent)
