@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -100,6 +101,7 @@ def name_of(world: World) -> str:
     return f"world-{key}"
 
 
+@cache
 def _makers() -> dict[str, dict[str, str]]:
     """What else decides the files: the libraries, and this code itself."""
     here = Path(__file__).parent

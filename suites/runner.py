@@ -53,13 +53,17 @@ def finished(cells: Sequence[Cell], out: Path) -> tuple[list[Cell], list[str]]:
     with inputs.unchanged():
         for cell in cells:
             path = cell.record_path(out)
+            if not path.exists():
+                continue
             try:
-                if record.is_finished(cell, out):
-                    done.append(cell)
-                elif path.exists() and record.read(path).status == "ok":
-                    others.append(f"{path}: of other settings, code, data or libraries")
+                found = record.read(path)
             except DamagedRecordError as error:
                 others.append(str(error))
+                continue
+            if record.finishes(found, cell):
+                done.append(cell)
+            elif found.status == "ok":
+                others.append(f"{path}: of other settings, code, data or libraries")
     return done, others
 
 

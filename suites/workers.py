@@ -96,8 +96,8 @@ def _discard(checkpoints: Path) -> None:
 
 
 def _is_finished(cell: Cell, out: Path) -> bool:
-    with suppress(record.DamagedRecordError):
-        return record.is_finished(cell, out)
+    with suppress(record.DamagedRecordError):  # or there is none
+        return record.finishes(record.read(cell.record_path(out)), cell)
     return False
 
 
