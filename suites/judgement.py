@@ -26,6 +26,9 @@ CONFIDENCE = 0.9
 
 TIME, PEAK = f"step time x {BASELINE}", "train peak MiB"
 
+#: What is never judged.
+SHOWN = "step time ms"
+
 #: Fields of Size -> what they are called here, and how many of them are one of its units.
 SIZES = {
     "num_trainable": ("trained weights", 1),
@@ -132,7 +135,7 @@ def _time(
     """Beside LoRA's, by which the machine's mood cancels; LoRA's own is shown and not judged."""
     if method == BASELINE:
         then, own = (_mean(report.by_seed(each, method, _milliseconds)) for each in (before, now))
-        return Finding(method, "step time ms", then, own, UNJUDGED)
+        return Finding(method, SHOWN, then, own, UNJUDGED)
     return _cost(
         method, TIME, _beside_lora(now, method), _beside_lora(before, method), same_machine
     )
@@ -250,7 +253,7 @@ def notes(findings: Sequence[Finding]) -> list[str]:
     missing = report.grouped(
         (each.measure, each.method)
         for each in findings
-        if each.verdict == UNJUDGED and each.measure != "step time ms"
+        if each.verdict == UNJUDGED and each.measure != SHOWN
     )
     told = [f"{measure} of {', '.join(methods)}" for measure, methods in missing.items()]
     return [NOTE, f"NOT JUDGED: {'; '.join(told)}."] if told else [NOTE]
