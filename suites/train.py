@@ -61,6 +61,7 @@ class _Trainer(Trainer):
     that counts tokens without waiting for the device in each micro-batch.
     """
 
+    checkpoints: Checkpoints
     _num_new_tokens: torch.Tensor | int = 0
 
     def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]) -> None:
@@ -80,9 +81,7 @@ class _Trainer(Trainer):
         except Exception as error:  # of the system, torch, or safetensors
             if self.args.world_size > 1:  # the others would not know
                 raise
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, Checkpoints):
-                    callback.give_up(self.state.global_step, error)
+            self.checkpoints.give_up(self.state.global_step, error)
 
 
 def fit(
@@ -109,6 +108,7 @@ def fit(
         optimizers=(optimizer, None),
         callbacks=[meter.opening, *contestant.callbacks, meter.closing, watch, checkpoints],
     )
+    trainer.checkpoints = checkpoints
     trainer.remove_callback(PrinterCallback)
     resume_from = checkpoints.history.folder
     try:
