@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -39,9 +40,10 @@ class Built:
 
 @dataclass(frozen=True)
 class Checked:
-    """The tasks can be asked, or cannot, for `problem`."""
+    """No cell can succeed, for `problem`, or those of some methods cannot: method -> why."""
 
     problem: str = ""
+    refusals: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

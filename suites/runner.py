@@ -73,7 +73,7 @@ def run(cells: Sequence[Cell], out: Path, way: Execution, view: Progress) -> Non
     Cells that another runner works on are left to it.
 
     Raises UnwrittenError when a record cannot be written, NotReadyError when the suite's world
-    cannot or its tasks could not be asked, and KeyboardInterrupt when stopped, after its child has
+    cannot be made or no cell can succeed, and KeyboardInterrupt when stopped, after its child has
     been.
     """
     suite = cells[0].suite
@@ -86,8 +86,7 @@ def run(cells: Sequence[Cell], out: Path, way: Execution, view: Progress) -> Non
     chosen = children.context(out / "logs" / "libraries.log")
     made_up = suite.world
     world = None if made_up is None else _build_world(made_up, out, chosen, view)
-    if suite.tasks:
-        _check_tasks(suite, world, out, chosen, view)
+    _check_inputs(cells, world, out, chosen, view)
     if any(cell.entry.entry_point.startswith("spiel.") for cell in cells):
         arguments = (suite, out / "logs" / "kernels.log")
         children.run_child(chosen, workers.compile_kernels, [arguments], view.say)
@@ -149,17 +148,23 @@ def _build_world(world: World, out: Path, chosen: children.Context, view: Progre
     return built[0].folder
 
 
-def _check_tasks(
-    suite: Suite, world: Path | None, out: Path, chosen: children.Context, view: Progress
+def _check_inputs(
+    cells: Sequence[Cell], world: Path | None, out: Path, chosen: children.Context, view: Progress
 ) -> None:
-    """Raises NotReadyError for a task that could not be asked after training."""
+    """Raises NotReadyError for what would fail in every cell, and tells what will in some."""
     heard: list[messages.Checked] = []
-    log = out / "logs" / "tasks.log"
-    children.run_child(chosen, workers.check_tasks, [(suite, world, log)], heard.append)
+    view.say("checking tasks, data and sizes")
+    log = out / "logs" / "inputs.log"
+    children.run_child(chosen, workers.check_inputs, [(cells, world, log)], heard.append)
     if not heard:
-        view.say(f"the tasks could not be checked before training; see {log}")
-    elif heard[0].problem:
-        raise NotReadyError(heard[0].problem)
+        view.say(f"tasks, data and sizes could not be checked before training; see {log}")
+        return
+    (checked,) = heard
+    told = [f"{name}: {why}" for name, why in checked.refusals.items()]
+    if checked.problem or len(told) == len({cell.method for cell in cells}):
+        raise NotReadyError(checked.problem or "\n".join(told))
+    for line in told:
+        view.say(f"will fail: {line}")
 
 
 def _run_one(

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,7 +19,6 @@ from suites.distributed import Rank, has_gpu
 from suites.messages import Built, Checked, Ended, Lost, Skipped, Unwritten
 from suites.plan import Cell, Execution
 from suites.progress import Report
-from suites.sources import SPLITS
 from suites.suite import Suite, placed
 from suites.world import World
 
@@ -114,17 +113,20 @@ def build_world(world: World, cache: Path, log: Path, connection: Connection) ->
         connection.send(Built(None, str(error)))
 
 
-def check_tasks(suite: Suite, world: Path | None, log: Path, connection: Connection) -> None:
-    """What a child does before any cell: looks whether the suite's tasks can be asked, says so."""
+def check_inputs(
+    cells: Sequence[Cell], world: Path | None, log: Path, connection: Connection
+) -> None:
+    """What a child does before any cell: looks for what must fail in them, and says so."""
     _begin(log)
-    from suites.evaluate import check
+    from suites import preflight
 
-    tasks = [task for split in SPLITS for task in suite.tasks_of(split)]
+    suite = placed(cells[0].suite, world)
     try:
-        check(tasks, placed(suite, world).task_folder)
-        connection.send(Checked())
-    except ValueError as error:
-        connection.send(Checked(str(error)))
+        preflight.check_suite(suite)
+    except (ValueError, OSError, ImportError) as error:  # which say what is wrong
+        connection.send(Checked(str(error).strip()))
+    else:
+        connection.send(Checked(refusals=preflight.refusals(suite, cells)))
 
 
 def compile_kernels(suite: Suite, log: Path, connection: Connection) -> None:

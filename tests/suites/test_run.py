@@ -142,6 +142,35 @@ def test_a_task_that_cannot_be_asked_stops_before_training(
     assert not (tmp_path / "records").exists()
 
 
+def test_a_broken_row_stops_before_training(arena, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 1, "completion": "b"}\n')
+    out = tmp_path / "results"
+    assert command("--methods", "lora", "--data", str(data), out=out) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"error: {data}, line 2: field 'prompt' must be a string, got int"
+    assert not (out / "records").exists()
+
+
+def test_a_budget_that_no_method_can_have_stops_before_training(arena, tmp_path, capsys):
+    assert command("--methods", "lora,spiel", "--budget", "50000000", out=tmp_path) == 2
+    told = capsys.readouterr().err.splitlines()[-2:]
+    assert told[0].startswith("error: lora: lora cannot have 50000000 weights")
+    assert told[1].startswith("spiel: spiel-ag cannot have 50000000 weights")
+    assert not (tmp_path / "records").exists()
+
+
+def test_a_method_that_cannot_have_the_budget_leaves_the_others_alone(arena, tmp_path, capsys):
+    asked = ("--budget", "50000000", "--seeds", "0")
+    assert command("--methods", "base,lora", *asked, out=tmp_path) == 1
+    told = capsys.readouterr().err
+    assert "will fail: lora: lora cannot have 50000000 weights" in told
+    assert {path.name for path in (tmp_path / "records").rglob("*.json")} == {
+        "base-50000000-s0.json",
+        "lora-50000000-s0.json",
+    }
+
+
 def test_failing_cells_leave_the_others_alone(arena, tmp_path, capsys):
     assert command("--methods", "raising,dying,base", "--seeds", "0", out=tmp_path) == 1
     folder = tmp_path / "records" / "small" / "world"
