@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from suites import stats
 from suites.console import drawn, make_console, say
+from suites.curves import curves, eligible, not_done
 from suites.documents import sheet
 from suites.plan import Cell, records_folder, safe_name
-from suites.record import Record, write_whole
-from suites.report import MixedRecordsError, columns, require_comparable, role_means
+from suites.record import write_whole
+from suites.report import MixedRecordsError, require_comparable
 from suites.sources import ROLES
 from suites.suite import Suite, Tuning
 from suites.table import load, spread
@@ -62,12 +62,6 @@ def present(cells: Sequence[Cell], out: Path) -> int:
         say(console, f"kept from before: {', '.join(others['method'].unique())}")
     say(console, f"grids:   {', '.join(str(path) for path in paths)}")
     return 1 if failed else 0
-
-
-def not_done(cells: Sequence[Cell], records: Sequence[Record]) -> Mapping[str, int]:
-    """Method -> how many of its trials `cells` have no outcome among `records`, if any."""
-    done = {record.cell_hash for record in records if record.status != "interrupted"}
-    return Counter(cell.method for cell in cells if cell.hash not in done)
 
 
 def unpicked(cells: Sequence[Cell], found: pd.DataFrame, left: Mapping[str, int]) -> list[str]:
@@ -155,69 +149,6 @@ def picks(cells: Sequence[Cell], out: Path) -> dict[str, Tuning]:
         for row in found.to_dict("records")
         if row["picked"]
     }
-
-
-def curves(records: Sequence[Record], left: Collection[str] = ()) -> pd.DataFrame:
-    """One row a method and tuning: target and retention over the seeds, and whether it is picked.
-
-    Picked is the smallest learning rate whose mean target is within one standard error of the
-    method's best (the one-standard-error rule: Breiman et al., 1984, section 3.4.3): of values
-    that dev cannot tell apart, the one that changes the model least. Only tunings that are ok with
-    every seed are eligible, as a mean over the seeds that happened not to diverge flatters; of the
-    methods in `left` nothing is picked. `at_edge` says that the method's grid of learning rates
-    ends there, so that a better one may lie outside.
-    """
-    groups: dict[tuple[str, float, float], list[Record]] = {}
-    for record in records:
-        tuning = given(record.tuning)
-        key = (record.method_name, tuning["lr"], tuning["weight_decay"])
-        groups.setdefault(key, []).append(record)
-    rows = [
-        {"method": method, "lr": lr, "weight_decay": weight_decay} | outcome(own)
-        for (method, lr, weight_decay), own in groups.items()
-    ]
-    return pd.DataFrame([row | verdict(row, rows, left) for row in rows])
-
-
-def outcome(records: Sequence[Record]) -> dict[str, Any]:
-    """What one tuning reached with its seeds, by those that are ok."""
-    ok = [record for record in records if record.status == "ok"]
-    targets = role_means(ok, "target")
-    return {
-        "num_seeds": len(records),
-        "num_ok": len(ok),
-        **columns("target", targets),
-        "target_se": stats.estimate(targets).standard_error if targets else None,
-        **columns("retention", role_means(ok, "retention")),
-    }
-
-
-def verdict(
-    row: dict[str, Any], rows: Sequence[dict[str, Any]], left: Collection[str]
-) -> dict[str, bool]:
-    """Whether `row` is its method's pick, and whether it lies at an edge of its grid."""
-    own = [other for other in rows if other["method"] == row["method"]]
-    rates = [other["lr"] for other in own]
-    return {
-        "picked": row["method"] not in left and row is pick(own),
-        "at_edge": row["lr"] in (min(rates), max(rates)),
-    }
-
-
-def pick(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of one method's rows the one to train with; None if none is eligible."""
-    rows = [row for row in rows if eligible(row)]
-    if not rows:
-        return None
-    best = max(rows, key=lambda row: row["target"])
-    floor = best["target"] - (best["target_se"] or 0.0)
-    close = [row for row in rows if row["target"] >= floor]
-    return min(close, key=lambda row: (row["lr"], -row["target"]))
-
-
-def eligible(found: Any) -> Any:
-    """Whether a row is ok with every seed; of a frame, for each of its rows."""
-    return found["num_ok"] == found["num_seeds"]
 
 
 def words(found: pd.DataFrame) -> pd.DataFrame:

@@ -12,8 +12,10 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import psutil
 
 from suites import catalog, embedded, methods, record
@@ -138,6 +140,15 @@ def finished(
         "world": of.suite.world and embedded.name_of(of.suite.world),
     }
     return record.Record.of(of, "ok", "", record.now(), **{**parts, **changes})
+
+
+def write_all(records: list[record.Record], cells: list[Cell], out: Path) -> None:
+    for each, of in zip(records, cells, strict=True):
+        record.write(each, of.record_path(out))
+
+
+def row_of(frame: pd.DataFrame, method: str) -> pd.Series:
+    return frame[frame["method"] == method].iloc[0]
 
 
 if __name__ == "__main__":

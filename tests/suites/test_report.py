@@ -6,16 +6,15 @@ import re
 
 import pandas as pd
 import pytest
-from filelock import FileLock
 from rich.console import Console
 
-from suites import catalog, documents, notes, record, report, search, table
+from suites import catalog, documents, notes, record, report, table
 from suites.catalog import SUITES
 from suites.console import drawn, make_console
 from suites.plan import plan
 from suites.record import Record
 from suites.suite import Tuning
-from tests.suites.arena import ENVIRONMENT, cell, finished, small_suite
+from tests.suites.arena import ENVIRONMENT, cell, finished, row_of, small_suite, write_all
 
 
 def three_seeds(method, targets, **changes):
@@ -27,10 +26,6 @@ def three_seeds(method, targets, **changes):
 
 def failed(method, seed, reason="the loss is nan at step 3"):
     return Record.of(cell(method, seed=seed), "diverged", reason, record.now())
-
-
-def row_of(frame, method):
-    return frame[frame["method"] == method].iloc[0]
 
 
 def test_means_intervals_and_paired_ratio():
@@ -205,11 +200,6 @@ def test_brackets_in_a_name_are_printed(capsys):
     assert name in capsys.readouterr().out
 
 
-def write_all(records, cells, out):
-    for each, of in zip(records, cells, strict=True):
-        record.write(each, of.record_path(out))
-
-
 def test_table_is_printed_within_100_columns_and_written(tmp_path, capsys):
     cells = [cell(method, seed=seed) for method in ("base", "full", "lora") for seed in range(3)]
     records = [
@@ -275,261 +265,6 @@ def test_table_that_cannot_be_written_is_said(tmp_path, capsys):
     (tmp_path / "tables").write_text("a file in the way")
     assert table.present([cell()], tmp_path) == 1
     assert "the table cannot be written" in capsys.readouterr().out
-
-
-def trial(lr, seed, target, method="lora"):
-    of = dataclasses.replace(cell(method, seed=seed, split="dev"), tuning=Tuning(lr))
-    return of, finished(of, target=target)
-
-
-def test_search_picks_the_best_mean_and_flags_an_edge():
-    trials = [
-        trial(lr, seed, target)
-        for lr, target in [(1e-4, 0.2), (1e-3, 0.6), (1e-2, 0.5)]
-        for seed in (0, 1)
-    ]
-    trials += [trial(lr, 0, target, "full") for lr, target in [(1e-4, 0.9), (1e-3, 0.1)]]
-    found = search.curves([found for _, found in trials])
-    picked = found[found["picked"]]
-    assert list(zip(picked["method"], picked["lr"], picked["at_edge"], strict=True)) == [
-        ("lora", 1e-3, False),
-        ("full", 1e-4, True),
-    ]
-    assert "picked, at edge" in set(search.words(found)[""])
-
-
-def test_search_writes_its_curves(tmp_path, capsys):
-    trials = [trial(lr, seed, 0.5) for lr in (1e-4, 1e-3) for seed in (0, 1)]
-    for of, found in trials:
-        record.write(found, of.record_path(tmp_path))
-    assert search.present([of for of, _ in trials], tmp_path) == 0
-    curves = pd.read_csv(tmp_path / "grids" / "small.csv")
-    assert curves["num_seeds"].tolist() == [2, 2]
-    assert "dev target" in capsys.readouterr().out
-    assert "picked, at edge" in (tmp_path / "grids" / "small.md").read_text()
-    assert search.picks([of for of, _ in trials], tmp_path) == {"lora": Tuning(1e-4)}
-
-
-def test_search_keeps_the_curves_of_methods_that_it_has_none_of(tmp_path, capsys):
-    csv = tmp_path / "grids" / "small.csv"
-    of_lora = [trial(lr, seed, 0.5) for lr in (1e-4, 1e-3) for seed in (0, 1)]
-    assert search.present(grid(tmp_path, *of_lora), tmp_path) == 0
-    assert "kept" not in capsys.readouterr().out
-    before = pd.read_csv(csv)
-    of_full = [trial(1e-5, seed, 0.7, "full") for seed in (0, 1)]
-    assert search.present(grid(tmp_path, *of_full), tmp_path) == 0
-    assert "kept from before: lora" in capsys.readouterr().out
-    curves = pd.read_csv(csv)
-    assert curves["method"].tolist() == ["lora", "lora", "full"]
-    pd.testing.assert_frame_equal(curves.head(2), before)
-    assert "| lora " in csv.with_suffix(".md").read_text()
-    better = [trial(1e-4, seed, 0.9) for seed in (0, 1)]
-    assert search.present(grid(tmp_path, *better), tmp_path) == 0
-    curves = pd.read_csv(csv).set_index("method")["target"]
-    assert curves.to_dict() == {"full": 0.7, "lora": 0.9}
-
-
-def test_search_overwrites_no_curves_of_another_version(tmp_path, capsys):
-    csv = tmp_path / "grids" / "small.csv"
-    record.write_whole("method,lr\nfull,0.1\n", csv)
-    assert search.present(grid(tmp_path, trial(1e-4, 0, 0.5)), tmp_path) == 1
-    assert "small.csv was written by another version" in capsys.readouterr().out
-    assert csv.read_text() == "method,lr\nfull,0.1\n"
-
-
-def test_grids_that_cannot_be_written_are_said(tmp_path, capsys):
-    cells = grid(tmp_path, trial(1e-4, 0, 0.5))
-    (tmp_path / "grids").write_text("a file in the way")
-    assert search.present(cells, tmp_path) == 1
-    assert "the grids cannot be written" in capsys.readouterr().out
-
-
-def diverged(lr, seed):
-    of, _ = trial(lr, seed, 0.0)
-    return of, Record.of(of, "diverged", "the loss is nan at step 3", record.now())
-
-
-def grid(out, *trials):
-    write_all([found for _, found in trials], [of for of, _ in trials], out)
-    return [of for of, _ in trials]
-
-
-def test_search_picks_no_tuning_that_diverged_with_a_seed(tmp_path, capsys):
-    good = [trial(1e-3, seed, 0.5) for seed in (0, 1)]
-    cells = grid(tmp_path, *good, trial(1e-2, 0, 0.9), diverged(1e-2, 1))
-    assert search.present(cells, tmp_path) == 1
-    assert "not eligible" in capsys.readouterr().out
-    curves = pd.read_csv(tmp_path / "grids" / "small.csv")
-    assert curves["num_ok"].tolist() == [2, 1]
-    assert curves["picked"].tolist() == [True, False]
-    assert search.picks(cells, tmp_path) == {"lora": Tuning(1e-3)}
-
-
-def test_tunings_that_may_not_be_picked_are_not_drawn(tmp_path, monkeypatch):
-    axes = pytest.importorskip("matplotlib.axes").Axes
-    errorbar, drawn = axes.errorbar, []
-
-    def noted(panel, rates, *args, **kwargs):
-        drawn.extend(rates)
-        return errorbar(panel, rates, *args, **kwargs)
-
-    monkeypatch.setattr(axes, "errorbar", noted)
-    trials = [trial(1e-3, 0, 0.5), trial(1e-3, 1, 0.5), trial(1e-2, 0, 0.9), diverged(1e-2, 1)]
-    found = search.curves([each for _, each in trials])
-    search.draw(found, "small", tmp_path / "grid.png")
-    assert drawn == [1e-3, 1e-3]  # in both panels
-    search.draw(found[found["lr"] == 1e-2], "small", tmp_path / "none.png")
-    assert drawn == [1e-3, 1e-3]
-    assert (tmp_path / "none.png").exists()
-
-
-@pytest.mark.parametrize("lack", ["missing", "damaged", "in work", "interrupted"])
-def test_search_picks_nothing_while_a_trial_is_not_done(tmp_path, capsys, lack):
-    lora = [trial(lr, 0, 0.5) for lr in (1e-4, 1e-3)]
-    cells = grid(tmp_path, *lora, trial(1e-3, 0, 0.5, "full"))
-    assert search.present(cells, tmp_path) == 0
-    whole = (tmp_path / "grids" / "small.csv").read_text()
-    path, lock = cells[0].record_path(tmp_path), FileLock(cells[0].lock_path(tmp_path))
-    path.unlink()
-    if lack == "damaged":
-        path.write_text("{")
-    elif lack == "interrupted":
-        record.write(Record.of(cells[0], "interrupted", "stopped", record.now()), path)
-    elif lack == "in work":
-        cells[0].lock_path(tmp_path).parent.mkdir(parents=True)
-        lock.acquire()
-    capsys.readouterr()
-    assert search.present(cells, tmp_path) == 1
-    assert search.picks(cells, tmp_path) == {"full": Tuning(1e-3)}
-    lock.release()
-    printed = capsys.readouterr().out.splitlines()
-    assert "lora: no tuning is picked, as trials are not done (1 of 2)" in printed
-    assert "grids:   not written, as trials are not done" in printed
-    assert (tmp_path / "grids" / "small.csv").read_text() == whole
-
-
-def test_search_says_why_it_picks_nothing(tmp_path, capsys):
-    cells = grid(tmp_path, diverged(1e-3, 0), diverged(1e-3, 1))
-    assert search.present(cells, tmp_path) == 1
-    assert "lora: no tuning is picked, as all its trials failed" in capsys.readouterr().out
-    assert not (tmp_path / "grids").exists()
-    cells = grid(tmp_path, trial(1e-3, 0, 0.5), diverged(1e-3, 1))
-    assert search.present(cells, tmp_path) == 1
-    assert "lora: no tuning is picked, as none is ok with every seed" in capsys.readouterr().out
-    assert search.picks(cells, tmp_path) == {}
-    full = trial(1e-3, 0, 0.5, "full")
-    cells = grid(tmp_path, diverged(1e-3, 0), full)  # a method without a score is drawn too
-    assert search.present(cells, tmp_path) == 1
-    assert search.picks(cells, tmp_path) == {"full": Tuning(1e-3)}
-
-
-def test_search_draws_its_curves(tmp_path):
-    pytest.importorskip("matplotlib")
-    trials = [trial(lr, seed, 0.5 + lr)[1] for lr in (1e-4, 1e-3, 1e-2) for seed in (0, 1)]
-    search.draw(search.curves(trials), "small", tmp_path / "grid.png")
-    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_search_picks_the_smallest_rate_that_dev_cannot_tell_from_the_best():
-    targets = {1e-4: (0.50, 0.50), 1e-3: (0.69, 0.71), 1e-2: (0.65, 0.77)}
-    trials = [
-        trial(lr, seed, target)[1]
-        for lr, pair in targets.items()
-        for seed, target in enumerate(pair)
-    ]
-    found = search.curves(trials)
-    assert found["lr"][found["target"].idxmax()] == 1e-2
-    assert found["lr"][found["picked"]].tolist() == [1e-3]
-
-
-def with_items(of, *per_item):
-    scores = finished(of).scores
-    items = dataclasses.replace(
-        scores["t"], value=sum(per_item) / len(per_item), per_item=per_item, num_items=len(per_item)
-    )
-    items = dataclasses.replace(items, doc_ids=tuple(range(len(per_item))))
-    return finished(of, scores={**scores, "t": items})
-
-
-def test_methods_are_compared_with_lora_item_by_item():
-    lora = [with_items(cell(seed=seed), *[0.0] * 8, 1.0, 1.0) for seed in range(3)]
-    spiel = [with_items(cell("spiel", seed=seed), *[1.0] * 8, 1.0, 0.0) for seed in range(3)]
-    frame = report.frame(lora + spiel)
-    row = row_of(frame, "spiel")
-    assert row["target_minus_lora"] == pytest.approx(0.7)
-    assert row["target_minus_lora_low"] > 0
-    assert row["target_minus_lora_p"] < 0.05
-    assert row["retention_minus_lora"] == 0
-    assert pd.isna(row_of(frame, "lora")["target_minus_lora"])
-    words = dict(zip(frame["method"], table.quality(frame)["vs lora"], strict=True))
-    assert words == {"lora": "-", "spiel": "+0.700* / +0.000"}
-    (note,) = [each for each in notes.footnotes(frame, lora + spiel) if "bootstrap" in each]
-    assert "* p < 0.05" in note
-    assert "t test over seeds" in note and "not corrected for the number of comparisons" in note
-    alone = notes.footnotes(report.frame(lora), lora)
-    assert not any("bootstrap" in each or "comparisons" in each for each in alone)
-
-
-def test_one_seed_has_no_star():
-    lora, spiel = with_items(cell(), *[0.0] * 40), with_items(cell("spiel"), *[1.0] * 40)
-    frame = report.frame([lora, spiel])
-    assert row_of(frame, "spiel")["target_minus_lora_low"] == 1.0
-    words = dict(zip(frame["method"], table.quality(frame)["vs lora"], strict=True))
-    assert words["spiel"] == "+1.000 / +0.000"
-
-
-def of_two_subtasks(of, few, many, **changes):
-    """A record with a group whose two subtasks count alike: so many right of 10, and of 1,000."""
-    items = [*[1.0] * few, *[0.0] * (10 - few), *[1.0] * many, *[0.0] * (1000 - many)]
-    scores = finished(of).scores
-    values = {
-        "value": (few / 10 + many / 1000) / 2,
-        "num_items": len(items),
-        "per_item": tuple(items),
-        "doc_ids": (*range(10), *range(1000)),
-        "subtasks": {"few": 10, "many": 1000},
-        "weighs_by_size": False,
-    }
-    target = dataclasses.replace(scores["t"], **{**values, **changes})
-    return finished(of, scores={**scores, "t": target})
-
-
-def test_subtasks_that_count_alike_do_so_beside_lora():
-    """By all items alike spiel would be better: 18 more of the 1,010 are right."""
-    lora = [of_two_subtasks(cell(seed=seed), 5, 500) for seed in range(3)]
-    spiel = [of_two_subtasks(cell("spiel", seed=seed), 3, 520) for seed in range(3)]
-    row = row_of(report.frame(lora + spiel), "spiel")
-    columns = row["target"] - row_of(report.frame(lora), "lora")["target"]
-    assert columns == pytest.approx(-0.09)
-    assert row["target_minus_lora"] == pytest.approx(columns)
-    low, high = row["target_minus_lora_low"], row["target_minus_lora_high"]
-    assert low < columns < high and high - low > 0.1  # ten items decide half of it
-
-
-def test_subtasks_share_their_tasks_weight():
-    def record_of(method, few, many, alone):
-        made = of_two_subtasks(cell(method), few, many)
-        single = with_items(cell(method), *alone).scores["t"]
-        return dataclasses.replace(made, scores={**made.scores, "alone": single})
-
-    lora, spiel = record_of("lora", 5, 500, [1.0, 0.0]), record_of("spiel", 3, 520, [1.0, 1.0])
-    frame = report.frame([lora, spiel])
-    assert row_of(frame, "spiel")["target_minus_lora"] == pytest.approx(
-        row_of(frame, "spiel")["target"] - row_of(frame, "lora")["target"]
-    )
-
-
-def test_other_subtasks_are_not_paired():
-    other = of_two_subtasks(cell("spiel"), 3, 520, subtasks={"few": 10, "more": 1000})
-    with pytest.raises(report.MixedRecordsError, match="different test items"):
-        report.frame([of_two_subtasks(cell(), 5, 500), other])
-
-
-def test_other_items_are_not_paired():
-    here = with_items(cell(), 1.0, 0.0)
-    there = with_items(cell("spiel"), 1.0, 0.0, 1.0)
-    with pytest.raises(report.MixedRecordsError, match="different test items"):
-        report.frame([here, there])
 
 
 def test_what_steps_cost_is_in_the_columns():
