@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from spiel.layer import SpielLinear
 from spiel.live import LiveEntries
@@ -34,7 +33,6 @@ class _LinearOfTemporary(torch.autograd.Function):
         return F.linear(x, layer.summed_weight(adapters, x.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return grad_out @ ctx.layer.summed_weight(ctx.adapters, grad_out.dtype), None, None
 
@@ -70,9 +68,10 @@ class SpielLinear4bit(SpielLinear):
         """The dequantised weight [rows, cols] in `dtype`, with the deltas of `adapters` added."""
         from bitsandbytes.functional import dequantize_4bit
 
-        dense = dequantize_4bit(self._weight.data, self._packing).to(dtype)
-        for name in adapters:
-            LiveEntries(dense, {name: self.spiel_indices[name]}).write(self.spiel_deltas)
+        with torch.no_grad():
+            dense = dequantize_4bit(self._weight.data, self._packing).to(dtype)
+            for name in adapters:
+                LiveEntries(dense, {name: self.spiel_indices[name]}).write(self.spiel_deltas)
         return dense
 
     @torch.compiler.disable  # as in the base class

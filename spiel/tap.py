@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from spiel import ops, recompute
@@ -48,7 +47,7 @@ class Tap(torch.autograd.Function):
         adapters: tuple[str, ...],
         *deltas: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.layer, ctx.adapters = layer, adapters
+        ctx.layer, ctx.adapters, ctx.deltas = layer, adapters, deltas
         ctx.is_kept = any(ctx.needs_input_grad[4:]) and not recompute.can_remake(x)
         if ctx.is_kept:
             ctx.save_for_backward(x)
@@ -58,9 +57,48 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True
-            return _backward_once(ctx, grad_out)
-        return _backward(ctx, grad_out)
+        if not torch.is_grad_enabled():
+            return _backward(ctx, grad_out)
+        with torch.no_grad():  # but the graph is wanted (create_graph=True)
+            _, *others = _backward(ctx, grad_out)
+        passed = _Passed.apply(grad_out, *ctx.deltas)
+        known = (None if each is None else _Final.apply(each, passed) for each in others)
+        return passed, *known
+
+
+NO_SECOND_DERIVATIVE = (
+    "SpIEL's gradients have no second derivative by the deltas: freeze the adapter "
+    "(requires_grad_(False)) or merge it (merge_adapter) where only inputs' derivatives are wanted"
+)
+
+
+class _Passed(torch.autograd.Function):
+    """The gradient of a tapped output, as the base layer goes on with it by the weight. Its history
+    is exact but for what the weight owes to the deltas: whoever asks for that is told.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grad_out: torch.Tensor, *deltas: torch.Tensor) -> torch.Tensor:
+        return grad_out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        nodes = [node for node, _ in ctx.next_functions[1:]]
+        if any(node is not None and _will_run(node) for node in nodes):
+            raise RuntimeError(NO_SECOND_DERIVATIVE)
+        return grad, *(None for _ in nodes)
+
+
+class _Final(torch.autograd.Function):
+    """A gradient of deltas, which depends on `source`, as nobody may ask how."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        return gradient.detach()
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[None, ...]:
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 def _backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -81,9 +119,6 @@ def _backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ..
         for adapter, is_wanted in zip(ctx.adapters, are_wanted, strict=True)
     ]
     return grad_out, None, None, None, *gradients
-
-
-_backward_once = once_differentiable(_backward)
 
 
 _backward_pass = -1

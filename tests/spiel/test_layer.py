@@ -1,5 +1,6 @@
 """SpielLinear forward and backward: against a dense reference, in bytes kept, and compiled."""
 
+import contextlib
 import copy
 import weakref
 
@@ -167,6 +168,11 @@ def test_autocast_follows_the_deltas_and_sums_in_fp32(two_layers, adapt):
         assert not torch.equal(model(x), before)
 
 
+def input_gradient(model, x):
+    """Of a loss that is not linear, with its graph."""
+    return torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0]
+
+
 def test_gradients_can_be_asked_for_with_a_graph_but_have_none(two_layers, adapt):
     model = adapt(two_layers())
     x = torch.randn(4, 12, requires_grad=True)
@@ -174,8 +180,32 @@ def test_gradients_can_be_asked_for_with_a_graph_but_have_none(two_layers, adapt
     expected = torch.autograd.grad(model(x).square().sum(), deltas)
     found = torch.autograd.grad(model(x).square().sum(), deltas, create_graph=True)
     assert all(torch.equal(*each) for each in zip(found, expected, strict=True))
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        found[0].sum().backward()
+    for wanted in (deltas, [x]):
+        with pytest.raises(RuntimeError, match="no second derivative by the deltas"):
+            torch.autograd.grad(found[0].sum(), wanted, allow_unused=True, retain_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative by the deltas"):
+        input_gradient(model, x).square().sum().backward()  # it depends on the deltas
+    by_x = torch.autograd.grad(model(x).sum(), x, create_graph=True)[0]  # of a linear loss, too
+    with pytest.raises(RuntimeError, match="no second derivative by the deltas"):
+        torch.autograd.grad(by_x.sum(), deltas)
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+@pytest.mark.parametrize("is_enabled", [False, True])
+def test_second_derivatives_by_inputs_are_those_of_the_weights(
+    two_layers, adapt, dense, is_trained, is_enabled
+):
+    base = two_layers()
+    model = adapt(copy.deepcopy(base))
+    for layer in spiel_layers(model)[1].values():
+        layer.spiel_deltas["default"].data.normal_()
+        layer.spiel_deltas["default"].requires_grad_(is_trained)
+    x = torch.randn(4, 12, requires_grad=True)
+    reference = dense(base, spiel.get_deltas(model) if is_enabled else {})
+    with contextlib.nullcontext() if is_enabled else model.disable_adapter():
+        found = torch.autograd.grad(input_gradient(model, x).square().sum(), x)
+    expected = torch.autograd.grad(input_gradient(reference, x).square().sum(), x)
+    torch.testing.assert_close(found, expected)
 
 
 def test_what_backward_found_out_of_a_support_goes_with_it(two_layers, adapt, dense):

@@ -61,6 +61,21 @@ def test_forward_and_backward_are_those_of_the_dequantised_weight(quant_type, do
     torch.testing.assert_close(deltas.grad, dense[0].weight.grad.view(-1)[indices.long()])
 
 
+def test_second_derivatives_by_inputs_are_those_of_the_dequantised_weight():
+    model, deltas = adapted(quantized())
+    dense, _ = dense_copy(model)
+    x = torch.randn(3, 5, 64, requires_grad=True)
+
+    def penalty(of):
+        (by_x,) = torch.autograd.grad(of(x).square().sum(), x, create_graph=True)
+        return by_x.square().sum()
+
+    (found,), (expected,) = (torch.autograd.grad(penalty(each), x) for each in (model, dense))
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(RuntimeError, match="no second derivative by the deltas"):
+        torch.autograd.grad(penalty(model), deltas)
+
+
 def test_evaluating_first_does_not_spoil_training():
     """bitsandbytes repacks weights in place at the first forward in eval mode on some CPUs."""
     base = quantized()
