@@ -52,8 +52,8 @@ def _is_a(thing: object, name: str) -> bool:
 
 
 def check_layers(layers: Layers, adapter: str) -> None:
-    """Raises ValueError if the adapter is frozen, RuntimeError if adapters are merged; gives deltas
-    that something has cast their own dtype again, with a warning.
+    """Raises ValueError if the adapter is frozen or its base weights are not, RuntimeError if
+    adapters are merged; gives deltas that something has cast their own dtype again, with a warning.
     """
     cast = {layer.restore_dtype(adapter) for layer in layers.values()} - {None}
     if cast:
@@ -69,6 +69,12 @@ def check_layers(layers: Layers, adapter: str) -> None:
             raise ValueError(
                 f"the adapter {adapter!r} is frozen (the deltas of {name} do not require a "
                 "gradient): load it with is_trainable=True, or activate it with set_adapter"
+            )
+        if layer.base_layer.weight.requires_grad:
+            raise ValueError(
+                f"the base weight of {name} requires a gradient too, but its active entries are "
+                "written anew from the pretrained ones at each forward pass: freeze it "
+                "(requires_grad_(False))"
             )
 
 

@@ -30,7 +30,8 @@ class SpielConfig(PeftConfig):
     """Configuration of SpIEL (arXiv 2401.16405): sparse deltas on linear weights.
 
     The budget is given once: as `density`, as `num_tunable_weights`, or module by module in
-    `num_deltas`. However it was given, injection fills `num_deltas`, and that is what is saved.
+    `num_deltas`; if not, it is a density of 0.01. However it was given, injection fills
+    `num_deltas`, and that is what is saved.
 
     Raises:
         ValueError: a field is out of its range; the message names the field and what is allowed.
@@ -42,7 +43,7 @@ class SpielConfig(PeftConfig):
     )
     density: float | None = field(
         default=None,
-        metadata={"help": "Deltas as a share of all parameters of the model, in (0, 1]."},
+        metadata={"help": "Deltas as a share of all parameters, in (0, 1]; by default 0.01."},
     )
     num_tunable_weights: int | None = field(
         default=None, metadata={"help": "Deltas in all, spread in proportion to weight sizes."}
@@ -121,17 +122,23 @@ class SpielConfig(PeftConfig):
 
     def _check_schedule(self) -> None:
         window, interval = self.selection_accumulation_steps, self.reselection_steps
+        for name in ("reselection_steps", "selection_accumulation_steps"):
+            if not _is_number(getattr(self, name), Integral):
+                raise ValueError(f"{name} must be an integer, got {getattr(self, name)!r}")
         if not 1 <= window < interval:
             raise ValueError(
                 f"selection_accumulation_steps must be at least 1 and less than reselection_steps "
                 f"({interval}), or no growth window would ever close; got {window}"
             )
-        if not 0 <= self.initial_reselection_rate <= 1:
-            raise ValueError(
-                f"initial_reselection_rate must be in [0, 1], got {self.initial_reselection_rate}"
-            )
+        rate = self.initial_reselection_rate
+        if not (_is_number(rate) and 0 <= rate <= 1):
+            raise ValueError(f"initial_reselection_rate must be in [0, 1], got {rate!r}")
 
     def _check_layers(self) -> None:
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(
+                f"modules_to_save must be a list of names, got the string {self.modules_to_save!r}"
+            )
         if self.layers_to_transform is None:
             if self.layers_pattern is not None:
                 raise ValueError("layers_pattern has no meaning without layers_to_transform")

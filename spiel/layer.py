@@ -65,13 +65,15 @@ class SpielLinear(DeltaLayer):
         check_support(indices, len(self.spiel_deltas[adapter]), self.numel, self.name)
 
     def replace_support(self, adapter: str, indices: torch.Tensor, deltas: torch.Tensor) -> None:
-        """Takes over a checked support [k] and its deltas [k]; the Parameter stays the same."""
+        """Takes over a checked support [k] and its deltas [k], in memory of their own: who kept the
+        former ones, as a state dict does, still has a pair of them. The Parameter stays the same.
+        """
         self.refuse_merged()
         self.put_back()
         self._gradients.pop(adapter, None)
         self.spiel_indices[adapter] = indices
-        with torch.no_grad():
-            self.spiel_deltas[adapter].copy_(deltas)
+        parameter = self.spiel_deltas[adapter]
+        parameter.data = deltas.to(parameter)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)

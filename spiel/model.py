@@ -20,7 +20,13 @@ from spiel.config import SpielConfig
 from spiel.delta_layer import prepared
 from spiel.layer import SpielLinear
 from spiel.quantized import SpielLinear4bit, is_4bit
-from spiel.targets import narrow_all_linear, refuse_shared_weights, weight_shape
+from spiel.reminder import reminder
+from spiel.targets import (
+    narrow_all_linear,
+    refuse_shared_weights,
+    warn_of_experts,
+    weight_shape,
+)
 
 #: Task -> the names of heads that peft trains in full, as `PeftModelFor...` adds them to the
 #: config after the adapter is in place.
@@ -54,6 +60,8 @@ class SpielModel(BaseTuner):
         heads = [name for name in _HEADS.get(config.task_type, ()) if name not in saved]
         config.modules_to_save = [*saved, *heads] or None
         found = super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.initial_reselection_rate > 0 and not config.inference_mode:
+            reminder.expect(config.reselection_steps)
         originals = [name for name, each in self.peft_config.items() if each is given]
         if adapter_name == REFERENCE and originals:
             self._copy_adapter(originals[0], adapter_name)
@@ -64,7 +72,7 @@ class SpielModel(BaseTuner):
         for layer in self.model.modules():
             if isinstance(layer, SpielLinear) and source in layer.spiel_deltas:
                 indices, deltas = layer.spiel_indices[source], layer.spiel_deltas[source]
-                layer.replace_support(target, indices.clone(), deltas.detach())
+                layer.replace_support(target, indices.clone(), deltas.detach().clone())
 
     def _prepare_adapter_config(self, peft_config: Any, _: dict) -> SpielConfig:
         if peft_config.target_modules is None:
@@ -78,7 +86,8 @@ class SpielModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Fills `num_deltas` and `weight_shapes`, or checks the ones that were saved."""
-        if peft_config.target_modules == "all-linear":
+        is_all_linear = peft_config.target_modules == "all-linear"
+        if is_all_linear:
             _maybe_include_all_linear_layers(peft_config, model)
             narrow_all_linear(peft_config, model)
         shapes = self._targeted_shapes(peft_config, model)
@@ -88,6 +97,8 @@ class SpielModel(BaseTuner):
         if peft_config.num_deltas is None:
             total = total_deltas(peft_config, count_parameters(model))
             peft_config.num_deltas = share_out(total, shapes)
+            if is_all_linear:
+                warn_of_experts(model, total, shapes)
         else:
             check_saved(peft_config, shapes)
         peft_config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}

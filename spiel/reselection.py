@@ -46,8 +46,9 @@ class Schedule:
             )
 
     def opens_window(self, t: int) -> bool:
-        """Whether a growth window opens after step t (t = 0: before the first)."""
-        return t < self.total_steps and (t == 0 or (t + 1) % self.reselection_steps == 0)
+        """Whether a growth window opens after step t (t = 0: before the first), that can close."""
+        closes = t + 1 + self.selection_accumulation_steps
+        return t == 0 or ((t + 1) % self.reselection_steps == 0 and closes <= self.total_steps)
 
     def reselects(self, t: int) -> bool:
         """Whether the growth window closes and the support changes after step t."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -23,6 +24,7 @@ from spiel.ops.blocked import largest_products
 from spiel.optim import SpielAdamW, move_state
 from spiel.quorum import Quorum
 from spiel.ranking import places
+from spiel.reminder import reminder
 from spiel.reselection import Exchange, Schedule, drop, exchange, grow_by_gradients
 from spiel.sm3 import SpielSM3
 from spiel.support import Seen
@@ -58,6 +60,7 @@ class Reselector:
         total_steps: int,
         adapter: str | None = None,
     ) -> None:
+        reminder.forget()
         self.adapter, self.layers = spiel_layers(model, adapter)
         config = config_of(model, self.adapter)
         self.growth: str = config.growth
@@ -155,7 +158,20 @@ class Reselector:
         self._steps_under_way += 1
         if self._steps_under_way == 1:
             self._check_supports()
-            self._scale = measure_scale(list(self.windows.values()))
+            self._measure_scale()
+
+    def _measure_scale(self) -> None:
+        scale = measure_scale(list(self.windows.values()), self._scale)
+        if math.isfinite(scale):
+            self._scale = scale
+            return
+        self.skip_step()
+        warnings.warn(
+            "a backward pass whose gradient was not finite never reached the optimizer; growth "
+            "leaves out all that was gathered since the last step: call reselector.skip_step() "
+            "along with zero_grad(), so that only that pass is forgotten",
+            stacklevel=2,
+        )
 
     def _after_step(self, *_: Any) -> None:
         self._steps_under_way -= 1

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,11 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from spiel.budget import count_parameters
 from spiel.config import SpielConfig
+
+#: From which share of a model on it is told that weights cannot be adapted.
+NOTABLE_SHARE = 0.1
 
 #: Dtypes of weights that SpIEL can adapt; in narrower ones deltas would round away.
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -76,6 +81,24 @@ def narrow_all_linear(config: SpielConfig, model: nn.Module) -> None:
         )
         names -= set(refused)
     config.target_modules = names  # type: ignore[assignment]
+
+
+def warn_of_experts(model: nn.Module, total: int, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Warns where a good part of the model is in stacked weights of experts, which are no linear
+    layers: a budget that is a share of all weights then falls to the few that are adapted.
+    """
+    stacked = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 2}
+    share = sum(stacked.values()) / max(1, count_parameters(model))
+    if share > NOTABLE_SHARE:
+        targeted = sum(map(math.prod, shapes.values()))
+        warnings.warn(
+            f"{share:.0%} of the model's weights are in parameters of three or more dimensions, as "
+            "those of fused experts are, which SpIEL does not adapt "
+            f"({shortened(list(stacked), most=2)}): the budget of {total} deltas is "
+            f"{total / targeted:.1%} of the weights that it adapts; give num_tunable_weights for "
+            "another one",
+            stacklevel=2,
+        )
 
 
 def _base_layer(module: nn.Module) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,7 +106,9 @@ class GradientWindow:
             self.candidates = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Between optimizer steps this is all there is to know."""
+        """Between optimizer steps this is all there is to know. Tensors are the window's own, and
+        go on changing, as in the state of torch's optimizers.
+        """
         return {
             "num_steps": self.num_steps,
             "candidates": self.candidates,
@@ -122,25 +125,32 @@ class GradientWindow:
             setattr(self, name, own)
 
 
-def measure_scale(windows: Sequence[GradientWindow]) -> float:
+def measure_scale(windows: Sequence[GradientWindow], last: float) -> float:
     """What became of the gradient between backward and the optimizer: that of the active weights,
     as the optimizer is about to see it, over what backward gave.
 
     Clipping and the loss scaling of fp16 training change all gradients by one factor, so the
     candidates' must change by it too. A few entries of every weight tell it, averaged over ranks
-    as the gradients are. 1 where nothing can be said.
+    as the gradients are. Where nothing can be said it is the `last` one. NaN where backward gave
+    what is not finite and the optimizer sees what is: a backward pass went by that never reached
+    it.
     """
     pairs = [_before_and_after(window) for window in windows]
     if not pairs:
-        return 1.0
+        return last
     device = pairs[0][0].device
     before = torch.cat([part.to(device) for part, _ in pairs])
     after = torch.cat([part.to(device) for _, part in pairs])
     average_(before)
-    norm, product = torch.stack([before.dot(before), before.dot(after)]).tolist()
-    scale = product / norm if 0 < norm < float("inf") else 1.0
-    is_rounding = abs(scale - 1.0) < SCALE_TOLERANCE
-    return 1.0 if is_rounding or not abs(scale) < float("inf") else scale
+    are_finite = [part.isfinite().all().float() for part in (before, after)]
+    products = [before.dot(before), before.dot(after)]
+    was_finite, is_finite, norm, product = torch.stack([*are_finite, *products]).tolist()
+    if is_finite and not was_finite:
+        return math.nan
+    scale = product / norm if 0 < norm < math.inf else last
+    if not math.isfinite(scale):
+        return last
+    return 1.0 if abs(scale - 1.0) < SCALE_TOLERANCE else scale
 
 
 def _before_and_after(window: GradientWindow) -> tuple[torch.Tensor, torch.Tensor]:

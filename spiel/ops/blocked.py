@@ -172,14 +172,23 @@ def largest_products(
     `row` [rows] and `col` [cols] are not negative; `exclude` is a support.
     """
     cols = len(col)
+    row, col = _near_one(row), _near_one(col)
 
     def block(start: int, stop: int) -> torch.Tensor:
-        products = torch.outer(row[start:stop].float(), col.float()).reshape(-1)
+        products = torch.outer(row[start:stop], col).reshape(-1)
         lo, hi = _cuts(exclude, [start * cols, stop * cols])
         return products.index_fill_(0, exclude[lo:hi].long() - start * cols, -1.0)
 
     indices, values = _largest(block, torch.Tensor.detach, _as_topk, len(row), cols, k, row.device)
     return indices[values >= 0]
+
+
+def _near_one(values: torch.Tensor) -> torch.Tensor:
+    """`values` times the power of two that brings the largest of them near 1, in fp32: their
+    products rank as before, and the largest neither vanish nor overflow.
+    """
+    wide = values.double()
+    return torch.ldexp(wide, -torch.frexp(wide.amax()).exponent).float()
 
 
 def _as_topk(ranks: torch.Tensor, k: int) -> torch.Tensor:

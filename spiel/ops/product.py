@@ -31,6 +31,8 @@ class Product:
         they are of other kinds.
         """
         one, *others = factors
+        if one.dim() == 0:
+            return None
         *leading, n = one.shape
         known = {
             (n,): ("columns", (1, n)),

@@ -56,7 +56,7 @@ def _fp32(address, size):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _adamw_part(own, first, last, num_ages, table, part1, beta2, part2, eps, lr, kept):  # type: ignore[no-untyped-def]
+def _adamw_part(own, first, last, num_ages, table, beta1, part1, beta2, part2, eps, lr, kept):  # type: ignore[no-untyped-def]
     """The entries from first to last of one parameter: see `_adamw`."""
     values, gradient = _fp32(own[0], last), _fp32(own[1], last)
     m, v = _fp32(own[2], last), _fp32(own[3], last)
@@ -64,14 +64,14 @@ def _adamw_part(own, first, last, num_ages, table, part1, beta2, part2, eps, lr,
     stride = 1 if num_ages > 1 else 0
     for e in range(first, last):
         g = gradient[e]
-        m[e] += part1 * (g - m[e])
+        m[e] = beta1 * m[e] + part1 * g
         v[e] = beta2 * v[e] + part2 * g * g
         step = m[e] / (np.sqrt(v[e]) + eps) * table[ages[e * stride]]
         values[e] = (values[e] - lr * step) * kept
 
 
 @with_prange
-def _adamw(addresses, sizes, num_threads, table, part1, beta2, part2, eps, lr, kept):  # type: ignore[no-untyped-def]
+def _adamw(addresses, sizes, num_threads, table, beta1, part1, beta2, part2, eps, lr, kept):  # type: ignore[no-untyped-def]
     """`addresses` [n, 5] are those of values, gradient, m, v and ages; `sizes` [n, 2] how many
     entries and ages there are. Each thread takes as many entries, one after the other.
     """
@@ -82,7 +82,7 @@ def _adamw(addresses, sizes, num_threads, table, part1, beta2, part2, eps, lr, k
             size, num_ages = sizes[i]
             if first < size and last > 0:
                 own = max(first, 0), min(last, size), num_ages
-                _adamw_part(addresses[i], *own, table, part1, beta2, part2, eps, lr, kept)
+                _adamw_part(addresses[i], *own, table, beta1, part1, beta2, part2, eps, lr, kept)
             first, last = first - size, last - size
 
 
@@ -119,7 +119,7 @@ def adamw(
     addresses = np.array([[tensor.data_ptr() for tensor in own] for own in tensors])
     sizes = np.array([(own[0].numel(), own[-1].numel()) for own in tensors])
     beta1, beta2 = betas
-    numbers = 1 - beta1, beta2, 1 - beta2, eps, lr, 1 - lr * weight_decay
+    numbers = beta1, 1 - beta1, beta2, 1 - beta2, eps, lr, 1 - lr * weight_decay
     _adamw(addresses, sizes, num_threads, table.numpy(), *map(np.float32, numbers))
 
 

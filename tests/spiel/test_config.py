@@ -28,6 +28,10 @@ import spiel
         ({"selection_accumulation_steps": 20}, r"less than reselection_steps \(20\).*got 20"),
         ({"selection_accumulation_steps": 0}, "must be at least 1.*got 0"),
         ({"initial_reselection_rate": 1.5}, r"must be in \[0, 1\], got 1.5"),
+        ({"initial_reselection_rate": "a"}, r"must be in \[0, 1\], got 'a'"),
+        ({"reselection_steps": 20.5}, "reselection_steps must be an integer, got 20.5"),
+        ({"selection_accumulation_steps": "5"}, "steps must be an integer, got '5'"),
+        ({"modules_to_save": "lm_head"}, "must be a list of names, got the string 'lm_head'"),
         ({"layers_pattern": "layers"}, "no meaning without layers_to_transform"),
         (
             {"layers_to_transform": [0], "target_modules": ".*q_proj"},

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import spiel
 from spiel.budget import count_parameters, share_out
@@ -166,6 +166,20 @@ def test_all_linear_leaves_out_what_cannot_be_adapted(adapt):
     assert targets(model) == {"head"}
     with pytest.raises(TypeError, match="cannot adapt 0"):
         adapt(nn.Sequential(Scaled(8, 8)), target_modules="all-linear")
+
+
+def test_a_model_of_fused_experts_is_told_how_few_weights_have_the_budget():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_local_experts": 8}
+    config = MixtralConfig(vocab_size=40, num_hidden_layers=1, num_attention_heads=2, **sizes)
+    base = MixtralForCausalLM(config)
+    k = int(0.01 * count_parameters(base))
+    with pytest.warns(UserWarning, match="fused experts") as told:
+        model = peft.get_peft_model(base, spiel.SpielConfig())
+    (message,) = [str(each.message) for each in told if "fused experts" in str(each.message)]
+    adapted = sum(layer.numel for layer in spiel_layers(model)[1].values())
+    assert "mlp.experts.gate_up_proj" in message
+    assert f"budget of {k} deltas is {k / adapted:.1%} of the weights that it adapts" in message
 
 
 def test_the_projection_inside_torchs_attention_is_refused(adapt):

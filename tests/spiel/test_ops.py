@@ -89,6 +89,10 @@ def test_a_product_is_formed_on_the_way_to_the_same_bits(backend, shape, dtype, 
     assert formed(product) is formed(product)
 
 
+def test_numbers_are_no_operand():
+    assert Product.of([torch.tensor(2.0), torch.tensor(3.0)]) is None
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_non_contiguous_operands_and_crowded_or_empty_rows(backend):
     left, right = operands(50, 12, 20)
@@ -190,6 +194,17 @@ def test_largest_products_leave_out_the_excluded(k):
     row, col, exclude = torch.rand(40), torch.rand(30), random_support(300, 1200)
     found = blocked.largest_products(row, col, k, exclude)
     assert torch.equal(found, reference.largest_products(row, col, k, exclude))
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-24, 1e24, 1e38])
+def test_largest_products_neither_vanish_nor_overflow(scale):
+    generator = torch.Generator().manual_seed(0)
+    row, col = (1 + torch.rand(n, generator=generator) for n in (12, 9))
+    none = torch.zeros(0, dtype=torch.int32)
+    if scale < 1e-38:  # few digits are left so near to 0
+        row, col = (64 * torch.arange(1, n + 1.0) for n in (12, 9))
+    tiny = blocked.largest_products(row * scale, col * scale, 8, none)
+    assert torch.equal(tiny, blocked.largest_products(row, col, 8, none))
 
 
 def test_largest_products_grow_what_there_is_when_scores_are_zero():

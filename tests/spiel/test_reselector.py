@@ -252,6 +252,27 @@ def test_a_second_training_keeps_what_the_first_learned(tmp_path):
     assert any((values == 0).float().mean() > 0.4 for _, values in after.values())
 
 
+def test_a_state_dict_that_was_kept_is_still_that_of_an_adapter():
+    """Its tensors are those in the model, as with any adapter; none may be of another support."""
+    model, optimizer, reselector = make()
+    train(model, optimizer, reselector, batches(4))
+    before = spiel.get_deltas(model)
+    kept = peft.get_peft_model_state_dict(model)
+    train(model, optimizer, reselector, batches(5))
+    peft.set_peft_model_state_dict(model, kept)
+    for name, (indices, values) in spiel.get_deltas(model).items():
+        assert torch.equal(indices, before[name][0])
+        assert ((values != 0) == (before[name][1] != 0)).all()
+
+
+def test_base_weights_that_are_trained_too_are_refused():
+    model, optimizer, reselector = make()
+    reselector.close()
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"the base weight of .*q_proj requires a gradient too"):
+        spiel.Reselector(model, optimizer, 20)
+
+
 def test_merged_adapters_are_refused():
     model, optimizer, reselector = make()
     reselector.close()

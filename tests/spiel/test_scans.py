@@ -143,6 +143,15 @@ def test_a_step_of_many_entries_is_one_pass_and_the_same_as_without(
     torch.testing.assert_close(*found.values(), **tolerance)
 
 
+def test_without_momentum_a_step_is_by_its_own_gradient():
+    """However large the one before was: their difference would take most of its digits."""
+    values, gradient, m, v = (torch.zeros(40) for _ in range(4))
+    for size in (3.0, 1e-6):
+        tensors = values, gradient.fill_(size), m, v, torch.ones(()).short()
+        scans.adamw(*([each] for each in tensors), torch.rand(50), (0.0, 0.99), 1e-6, 0.1, 0.0)
+        torch.testing.assert_close(m, gradient, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
 def test_threads_share_the_entries_of_a_step_among_them(num_threads):
     """Whatever the sizes, so that a thread's part may begin and end within a parameter."""

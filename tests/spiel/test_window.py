@@ -97,6 +97,40 @@ def test_a_step_that_is_not_finite_does_not_count():
     assert all(bool(v.isfinite().all()) for _, v in spiel.get_deltas(model).values())
 
 
+def test_a_pass_that_never_reached_the_optimizer_spoils_no_other_module(recwarn):
+    """Another module's step would otherwise count without the clipping that the optimizer saw."""
+    model, optimizer, reselector = make()
+    loss_of(model).backward()
+    step(optimizer, reselector)
+    (loss_of(model, use_expert=False) * float("nan")).backward()
+    optimizer.zero_grad()
+    loss_of(model).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-6)
+    before = {name: window.sums.clone() for name, window in reselector.windows.items()}
+    step(optimizer, reselector)
+    (told,) = [str(each.message) for each in recwarn if "never reached" in str(each.message)]
+    assert "call reselector.skip_step() along with zero_grad()" in told
+    for name, window in reselector.windows.items():
+        assert window.num_steps == 1
+        assert torch.equal(window.sums, before[name])
+
+
+def test_where_no_scale_can_be_measured_the_last_one_holds():
+    """As of fp16 training, where the active weights have no gradient of their own just now."""
+    model, optimizer, reselector = make()
+    for x in (X, X * 0):
+        loss = loss_of(model, x) * 1024
+        loss.backward()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= 1024
+                parameter.grad *= bool(x.any())
+        for window in reselector.windows.values():
+            window.sample *= bool(x.any())
+        step(optimizer, reselector)
+        assert reselector._scale == pytest.approx(1 / 1024)
+
+
 def test_gradients_of_deltas_are_not_formed_for_who_wants_those_of_inputs_alone():
     model, _, reselector = make()
     reselector.close()
