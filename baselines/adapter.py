@@ -97,10 +97,12 @@ def make_config(
     Raises ValueError, with what is allowed, for a method or a field that this version of peft does
     not know, and what peft raises for a value that it refuses.
     """
-    known = _field_names(peft_type)
-    for name in options:
+    known = _defaults(peft_type)
+    for name, value in options.items():
         if name not in known:
             raise ValueError(f"{peft_type} has no option {name!r}; it has {', '.join(known)}")
+        if type(known[name]) in (int, float) and isinstance(value, str):
+            raise ValueError(f"{name} of {peft_type} must be a number, got {value!r}")
     values = {"task_type": "CAUSAL_LM", **options}
     if "target_modules" in known:
         values.setdefault("target_modules", list(target_modules))
@@ -109,11 +111,12 @@ def make_config(
     return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)](**values)
 
 
-def _field_names(peft_type: str) -> list[str]:
+def _defaults(peft_type: str) -> dict[str, Any]:
+    """The fields of peft's config, and the default of each."""
     if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         known = ", ".join(sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING))
         raise ValueError(f"peft_type {peft_type!r} is unknown to this peft, which has {known}")
     # peft_type is the class's own, as is inference_mode of an adapter that is to be trained.
     own = ("peft_type", "inference_mode")
     every = fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)])
-    return [each.name for each in every if each.name not in own]
+    return {each.name: each.default for each in every if each.name not in own}

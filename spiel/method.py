@@ -70,6 +70,11 @@ class Spiel:
     initial_reselection_rate: float
     reselection_rate_policy: str
 
+    @property
+    def min_steps(self) -> int:
+        """The fewest train steps that have a reselection."""
+        return self.selection_accumulation_steps + 1
+
     def prepare(self, model: nn.Module, budget: Budget, total_steps: int) -> SpielContestant:
         config = SpielConfig(
             growth=self.growth,

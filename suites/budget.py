@@ -76,7 +76,7 @@ class Budget:
     def num_weights(self, model: Any) -> int:
         """Trainable weights that this allows on `model`, a transformers model, quantised or not.
 
-        Raises ValueError if the model has none of the targeted modules, or if the density comes
+        Raises ValueError if the model lacks one of the targeted modules, or if the density comes
         to less than one weight.
         """
         num_sides = self.num_sides(model)
@@ -92,15 +92,16 @@ class Budget:
 
     def num_sides(self, model: Any) -> int:
         """What one rank of LoRA costs: the sum of inputs + outputs over the targeted modules."""
-        shapes = self.target_shapes(model).values()
-        if not shapes:
-            wanted = ", ".join(self.target_modules)
+        shapes = self.target_shapes(model)
+        found = {name.split(".")[-1] for name in shapes}
+        lacking = [name for name in self.target_modules if name not in found]
+        if lacking:
             has = ", ".join(_linears(model)) or "no linears"
             raise ValueError(
-                f"the model has none of the targeted modules: {wanted}; it has {has}, which a "
-                "suite file can name as its budget's target_modules"
+                f"the model has no module {', '.join(lacking)} of the targeted ones; it has {has}, "
+                "which a suite file can name as its budget's target_modules"
             )
-        return sum(sum(shape) for shape in shapes)
+        return sum(sum(shape) for shape in shapes.values())
 
     def target_shapes(self, model: Any) -> dict[str, tuple[int, int]]:
         """The shape of each targeted weight by its module's full name, unpacked from any 4 bits."""

@@ -36,12 +36,13 @@ class Work:
     cell: Cell
     #: The suite with its paths in place.
     suite: Suite
-    way: Execution
     rank: Rank
     report: Callable[[Report], None]
     device: str
     meter: measure.Meter
     checkpoints: Checkpoints
+    #: The folder that the artifact is kept in; None if it is not.
+    artifact: Path | None
     #: Fields of the record, filled as they become known.
     parts: dict[str, Any] = field(default_factory=dict)
 
@@ -105,7 +106,8 @@ def begin(
         steps = ", ".join(map(str, checkpoints.passed_over))
         tell(Report(f"passes over checkpoint {steps}: of other code, hardware or libraries"))
     suite = placed(cell.suite, world)
-    return Work(cell, suite, way, rank, tell, device, meter, checkpoints, parts)
+    artifact = cell.artifact_path(out) if way.keep_artifacts and rank.is_main else None
+    return Work(cell, suite, rank, tell, device, meter, checkpoints, artifact, parts)
 
 
 def _do(work: Work) -> None:
@@ -165,11 +167,14 @@ def _train(work: Work, contestant: Contestant, materials: Materials) -> None:
             num_tokens=num_tokens,
             yardstick_seconds=tuple(products),
         )
+    artifact_bytes = measure.artifact_bytes(contestant.artifact, work.artifact)
+    if work.artifact is not None and artifact_bytes is None:
+        work.report(Report("the artifact could not be kept: the log says why"))
     work.parts["size"] = dataclasses.replace(
         work.parts["size"],
         saved_for_backward_bytes=saved_bytes,
         optimizer_state_bytes=measure.optimizer_state_bytes(optimizer),
-        artifact_bytes=measure.artifact_bytes(contestant.artifact),
+        artifact_bytes=artifact_bytes,
     )
 
 

@@ -59,7 +59,7 @@ def estimate(cell: Cell, way: Execution) -> Estimate:
     """Asks the method its size on a model without values; raises ValueError as that does."""
     suite = cell.suite
     model = meta_model(suite)
-    size = cell.entry.load().size(model, suite.budget)
+    size = size_of(cell, suite)
     # A method adds weights in fp32, or trains all the model's own as they are.
     is_own = size == model.num_parameters()
     trained_bytes = size * (getattr(torch, suite.model.dtype).itemsize if is_own else 4)
@@ -72,6 +72,22 @@ def estimate(cell: Cell, way: Execution) -> Estimate:
         optimizer_bytes=2 * trained_bytes,
         activation_bytes=needed,
     )
+
+
+def size_of(cell: Cell, suite: Suite) -> int:
+    """Weights that the cell's method trains in `suite`, which is the cell's own or that with its
+    paths in place.
+
+    Raises ValueError if the method cannot have the size, or cannot be trained for so few steps.
+    """
+    method, num_steps = cell.entry.load(), suite.recipe.num_steps
+    min_steps = getattr(method, "min_steps", 1)
+    if num_steps < min_steps:
+        raise ValueError(
+            f"{cell.method} is trained for at least {min_steps} steps, got {num_steps}: "
+            "--steps, or the suite's num_steps"
+        )
+    return method.size(meta_model(suite), suite.budget)
 
 
 def meta_model(suite: Suite) -> Any:

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     arguments = parser.parse_args(argv)
     try:
-        suite = choose("suite", arguments.suite, SUITES)
+        suite = choose("suite", arguments.suite, footprint_suites())
         methods = parse_methods(arguments.methods, suite)
         names = axes(arguments.vary)
     except ValueError as error:
@@ -61,14 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m suites.footprints", description=(__doc__ or "").split("\n")[0])
-    names = ", ".join(name for name in SUITES if name.startswith("footprint"))
-    parser.add_argument("suite", help=f"one of: {names}")
-    parser.add_argument("--methods", metavar="A,B", default=",".join(METHODS))
-    parser.add_argument(
-        "--vary", metavar="A,B", default=",".join(AXES), help="default: %(default)s"
-    )
-    parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR")
+    add = parser.add_argument
+    add("suite", help=f"one of: {', '.join(footprint_suites())}")
+    add("--methods", metavar="A,B", default=",".join(METHODS),
+        help="methods by name (default: %(default)s)")  # fmt: skip
+    add("--vary", metavar="A,B", default=",".join(AXES),
+        help="what to vary, the rest being the suite's (default: all, %(default)s)")  # fmt: skip
+    add("--out", type=Path, default=Path("results"), metavar="DIR", help="results folder")
     return parser
+
+
+def footprint_suites() -> dict[str, Suite]:
+    """The suites that measure time and memory alone."""
+    return {name: suite for name, suite in SUITES.items() if not suite.tasks}
 
 
 def axes(text: str) -> list[str]:

@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         suite, kept = chosen(arguments)
+        if not arguments.out.is_dir():
+            raise ValueError(f"--out: {arguments.out} is no folder; run suites.run into it first")
     except ValueError as error:
         parser.error(str(error))
     return present(suite, kept, arguments.out, arguments.against)
@@ -69,7 +71,10 @@ def chosen(arguments: argparse.Namespace) -> tuple[Suite, list[Record]]:
     lacking = wanted.keys() - {each.method_name for each in kept if each.status == "ok"}
     if lacking:
         names = ", ".join(name for name in wanted if name in lacking)
-        raise ValueError(f"no ok records of {names} to judge by in {folder}")
+        raise ValueError(
+            f"no ok records of {names} to judge by in {folder}; suites.run with "
+            f"--out {arguments.against} keeps some"
+        )
     return suite, with_baseline(suite, kept, records)
 
 

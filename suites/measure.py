@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import threading
 import time
@@ -187,14 +188,20 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(storages.values())
 
 
-def artifact_bytes(write_artifact: Callable[[Path], None]) -> int | None:
-    """Bytes of the files that `write_artifact` leaves in the folder it is given; None where there
-    is no room for them, which is no reason to lose a training.
+def artifact_bytes(write_artifact: Callable[[Path], None], keep: Path | None) -> int | None:
+    """Bytes of the files that `write_artifact` leaves in the folder it is given: `keep`, whose
+    former content goes, or one that is removed. None where they could not be written (there is no
+    room), which is no reason to lose a training.
     """
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            write_artifact(Path(folder))
-            return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = keep or Path(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_artifact(folder)
+            return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     except Exception:  # of the system, torch, or safetensors
         traceback.print_exc()
+        if keep is not None:  # half of it
+            shutil.rmtree(keep, ignore_errors=True)
         return None

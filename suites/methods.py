@@ -42,7 +42,10 @@ class Contestant(Protocol):
 
 
 class Method(Protocol):
-    """A way to fine-tune: a frozen dataclass whose fields are its hyper-parameters."""
+    """A way to fine-tune: a frozen dataclass whose fields are its hyper-parameters.
+
+    One that cannot be trained for a single step has an attribute `min_steps`.
+    """
 
     def prepare(self, model: PreTrainedModel, budget: Budget, total_steps: int) -> Contestant:
         """Makes `model` trainable within `budget`; random choices follow torch's global seed."""

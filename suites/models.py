@@ -65,9 +65,15 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     """
     if source.shape_only and source.path in SHAPES:
         return None
-    tokenizer = AutoTokenizer.from_pretrained(
-        source.path, trust_remote_code=source.trust_remote_code, **whereabouts(source.path)
-    )
+    options = {"trust_remote_code": source.trust_remote_code, **whereabouts(source.path)}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
+    except (ValueError, OSError) as error:  # whose first lines do not say of what
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{source.path} has no tokenizer that transformers can load, as tokenizer.json and "
+            f"tokenizer_config.json: {first}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {source.path} has no EOS token, which ends an example")
     if tokenizer.pad_token_id is None:

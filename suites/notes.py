@@ -71,7 +71,7 @@ def data(records: Sequence[Record]) -> list[str]:
     cut = f", and {num_cut:,} were cut there" if num_cut else ""
     return [
         f"Training data: {num_dropped:,} of {kept + num_dropped:,} rows were dropped, as they have "
-        f"nothing to learn within the limit of length{cut}."
+        f"no completion or assistant's turn within the limit of length{cut}."
     ]
 
 

@@ -29,8 +29,8 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(*arguments, **options)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
-            near = ", ".join(nearest(unknown[0].partition("=")[0], flags))
-            self.error(f"unknown argument {unknown[0]!r}; choose from {near}")
+            near = ", ".join(nearest(unknown[0].partition("=")[0], flags)[:3])
+            self.error(f"unknown argument {unknown[0]!r}; nearest: {near}; --help has all")
         return parsed
 
 
@@ -91,6 +91,7 @@ def _add_execution(group: Any) -> None:
     add = group.add_argument
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="results folder")
     add("--force", action="store_true", help="run finished cells again")
+    add("--keep-artifacts", action="store_true", help="keep adapters in DIR/artifacts")
     add("--processes", type=_count, default=1, metavar="N", help="train each cell on N processes")
     add("--save-minutes", type=_minutes, default=10.0, metavar="M",
         help="minutes of training between checkpoints; 0 for none (default: 10)")  # fmt: skip
@@ -102,6 +103,7 @@ def execution(arguments: argparse.Namespace) -> Execution:
         num_processes=arguments.processes,
         save_seconds=60 * minutes if minutes else None,
         force=arguments.force,
+        keep_artifacts=arguments.keep_artifacts,
     )
 
 
@@ -150,6 +152,8 @@ def parse_methods(text: str | None, suite: Suite, searching: bool = False) -> tu
         known = suite.grids if searching else suite.tunings or suite.grids
         return tuple(name for name, entry in METHODS.items() if not entry.trains or name in known)
     names = [name.strip() for name in text.split(",")]
+    if "" in names:
+        raise ValueError(f"--methods: {text!r} has an empty name; allowed: as spiel,lora")
     for name in names:
         entry_of(name)
     return tuple(dict.fromkeys(names))

@@ -25,6 +25,8 @@ class Execution:
     save_seconds: float | None = 600.0
     #: Whether finished cells are run again.
     force: bool = False
+    #: Whether what was trained is kept.
+    keep_artifacts: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,10 @@ class Cell:
     def lock_path(self, out: Path) -> Path:
         """The file that is locked by the process that works on this cell."""
         return self.log_path(out).with_suffix(".lock")
+
+    def artifact_path(self, out: Path) -> Path:
+        """The folder of what a user would keep of this training, where it is kept."""
+        return out / "artifacts" / safe_name(self.suite.name) / self.name
 
     def checkpoints(self, out: Path) -> Path:
         """The folder of the cell's checkpoints, while it is not finished."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from suites.estimate import meta_model
+from suites.estimate import meta_model, size_of
 from suites.evaluate import check
 from suites.formats import texts
 from suites.models import load_tokenizer
@@ -27,11 +27,11 @@ def check_suite(suite: Suite) -> None:
 
 
 def refusals(suite: Suite, cells: Sequence[Cell]) -> dict[str, str]:
-    """Methods of `cells` that cannot have the size of the suite's budget -> why."""
+    """Methods of `cells` that cannot have the suite's budget or length of training -> why."""
     found = {}
     for cell in {cell.method: cell for cell in cells}.values():
         try:
-            cell.entry.load().size(meta_model(suite), suite.budget)
+            size_of(cell, suite)
         except ValueError as error:
             found[cell.method] = str(error)
         except Exception:  # of any class: its cells will tell, and where it comes from

@@ -66,7 +66,8 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             try:
                 row = json.loads(line)
             except ValueError as error:  # of JSON or of UTF-8
-                raise ValueError(f"{path}, line {number}: broken JSON: {error}") from error
+                why = error.msg if isinstance(error, json.JSONDecodeError) else error
+                raise ValueError(f"{path}, line {number}: broken JSON: {why}") from error
             if not isinstance(row, dict):
                 kind = type(row).__name__
                 raise ValueError(f"{path}, line {number}: a JSON object is needed, got {kind}")

@@ -93,7 +93,7 @@ def start(cells: Sequence[Cell], out: Path, way: Execution, searching: bool = Fa
     from suites.progress import progress
 
     try:
-        runner.check_folder(out)
+        runner.check_folder(out, cells)
     except runner.NotReadyError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

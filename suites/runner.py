@@ -30,8 +30,18 @@ class UnwrittenError(OSError):
     """A record could not be written, so going on would only lose more work."""
 
 
-def check_folder(out: Path) -> None:
-    """Raises NotReadyError unless files can be written in `out`, which is made if it is missing."""
+def check_folder(out: Path, cells: Sequence[Cell]) -> None:
+    """Raises NotReadyError unless files can be written in `out`, which is made if it is missing,
+    and would not change what `cells`, all of one suite, are known by.
+    """
+    for folder in inputs.folders(cells[0].suite) if cells else ():
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise NotReadyError(
+                f"the results folder {out} lies in {folder}, which the suite reads, and whose "
+                "files tell its cells from others; allowed: an --out outside of it"
+            )
+    if out.exists() and not out.is_dir():
+        raise NotReadyError(f"the results folder {out} is a file; allowed: a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out) as file:
@@ -78,7 +88,6 @@ def run(cells: Sequence[Cell], out: Path, way: Execution, view: Progress) -> Non
     """
     suite = cells[0].suite
     _check_machine(suite, way)
-    _check_folders(suite, out)
     _check_hub(suite)
     if suite.cpu_note and not distributed.has_gpu(suite.device):
         view.say(f"{suite.name} without a GPU: {suite.cpu_note}")
@@ -105,16 +114,6 @@ def _check_machine(suite: Suite, way: Execution) -> None:
             distributed.check_device(suite.device, way.num_processes)
     except ValueError as error:
         raise NotReadyError(str(error)) from error
-
-
-def _check_folders(suite: Suite, out: Path) -> None:
-    """Raises NotReadyError if records would change what the cells they are about are known by."""
-    for folder in inputs.folders(suite):
-        if out.resolve().is_relative_to(folder.resolve()):
-            raise NotReadyError(
-                f"the results folder {out} lies in {folder}, which the suite reads, and whose "
-                "files tell its cells from others; allowed: an --out outside of it"
-            )
 
 
 def _check_hub(suite: Suite) -> None:

@@ -26,6 +26,6 @@ def load_suite(path: str | Path) -> Suite:
     except Exception as error:  # whatever the user's code raises
         raise ValueError(f"suite file {path} fails: {type(error).__name__}: {error}") from error
     if not isinstance(suite, Suite):
-        kind = "nothing" if suite is None else type(suite).__name__
+        kind = "not there" if suite is None else f"a {type(suite).__name__}"
         raise ValueError(f"suite file {path}: SUITE must be a suites.suite.Suite, it is {kind}")
     return suite

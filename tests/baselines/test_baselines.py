@@ -195,7 +195,7 @@ def test_bad_hyper_parameters_are_named(make, message):
 
 
 def test_lora_without_targets_names_them(model):
-    with pytest.raises(ValueError, match="none of the targeted modules: nowhere"):
+    with pytest.raises(ValueError, match="no module nowhere of the targeted ones"):
         Lora().prepare(model, Budget(2, ("nowhere",)), 10)
 
 

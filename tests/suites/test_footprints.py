@@ -194,3 +194,9 @@ def test_bad_input_is_one_line(arguments, said, capsys):
         footprints.main(arguments)
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_suites_with_tasks_are_no_footprints(capsys):
+    with pytest.raises(SystemExit):
+        footprints.main(["quickstart"])
+    assert "unknown suite 'quickstart'; choose from footprint" in capsys.readouterr().err

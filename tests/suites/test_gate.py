@@ -435,7 +435,7 @@ def test_a_kept_file_that_is_no_record_is_bad_input(tmp_path, capsys):
         ([], "no ok records of base, full, lora, spiel to judge by in"),
         (["--methods", "spiel,lorra"], "unknown method 'lorra'; choose from lora"),
         (["--seeds", "x"], "--seeds: 'x'"),
-        (["--agianst", "x"], "unknown argument '--agianst'; choose from --against"),
+        (["--agianst", "x"], "unknown argument '--agianst'; nearest: --against"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, arguments, said, capsys):

@@ -6,7 +6,6 @@ import pytest
 
 from suites import runner
 from suites.inputs import fingerprint
-from suites.plan import Execution
 from suites.suite import DataSource, ModelSource
 from tests.suites.arena import cell, small_suite
 
@@ -108,4 +107,5 @@ def test_a_world_that_was_made_again_is_no_other_cell(tmp_path, monkeypatch):
 def test_results_may_not_lie_in_what_is_read(tasks, tmp_path):
     suite = small_suite(task_folder=str(tasks), world=None, model=ModelSource("owner/name"))
     with pytest.raises(runner.NotReadyError, match=r"results lies in .*tasks.*--out outside of it"):
-        runner.run([cell(suite=suite)], tasks / "results", Execution(), None)
+        runner.check_folder(tasks / "results", [cell(suite=suite)])
+    assert not (tasks / "results").exists()

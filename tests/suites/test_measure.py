@@ -68,20 +68,27 @@ def test_optimizer_state_of_adamw_is_two_moments_and_a_step():
     assert measure.optimizer_state_bytes(optimizer) == 2 * 100 * 4 + 4
 
 
-def test_an_artifact_that_there_is_no_room_for_is_not_measured():
+def test_an_artifact_that_there_is_no_room_for_is_not_measured(tmp_path):
     def write(folder):
+        (folder / "a").write_bytes(b"12")
         raise OSError(28, "No space left on device")
 
-    assert measure.artifact_bytes(write) is None
+    assert measure.artifact_bytes(write, None) is None
+    kept = tmp_path / "kept"
+    assert measure.artifact_bytes(write, kept) is None
+    assert not kept.exists()
 
 
-def test_artifact_bytes_counts_every_file():
+def test_artifact_bytes_counts_every_file(tmp_path):
     def write(folder):
         (folder / "deep").mkdir()
         (folder / "a").write_bytes(b"12345")
         (folder / "deep" / "b").write_bytes(b"123")
 
-    assert measure.artifact_bytes(write) == 8
+    assert measure.artifact_bytes(write, None) == 8
+    (tmp_path / "kept" / "former").mkdir(parents=True)
+    assert measure.artifact_bytes(write, tmp_path / "kept") == 8
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"a", "deep"}
 
 
 @pytest.mark.parametrize("peak", [measure._resident_peak, measure._SampledPeak])

@@ -79,6 +79,7 @@ def test_what_peft_saved_can_be_read(write, tmp_path):
         ({"peft_type": "LORA", "rank": 8}, "LORA has no option 'rank'; it has "),
         ({"peft_type": "SHIRA", "r": "budget", "mask_type": "budget"}, "only one field can be"),
         ({"peft_type": "SUPERTUNING", "sparsity": 3}, r"sparsity must be in \[0.0, 1.0\), got 3"),
+        ({"peft_type": "LOHA", "r": "budgett"}, "r of LOHA must be a number, got 'budgett'"),
         ({"peft_type": "SPIEL"}, "for SPIEL use the methods spiel and spiel-ma"),
     ],
 )

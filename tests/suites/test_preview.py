@@ -39,9 +39,9 @@ def test_weights_are_those_that_are_trained(method, world_folder):
     from suites.models import load_model
     from suites.suite import placed
 
-    of = cell(method)
+    of = cell(method, suite=small_suite(recipe=Recipe(num_steps=6, batch_size=4)))
     model = load_model(placed(of.suite, world_folder).model, "cpu")
-    contestant = of.entry.load().prepare(model, of.suite.budget, 3)
+    contestant = of.entry.load().prepare(model, of.suite.budget, 6)
     assert estimate(of, Execution()).num_trainable == contestant.num_trainable
 
 
@@ -59,6 +59,7 @@ def test_seven_billion_weights_need_no_memory_to_plan():
         model=ModelSource("Llama-2-7b", shape_only=True),
         world=None,
         budget=Budget(64, catalog.LLAMA_PROJECTIONS),
+        recipe=Recipe(num_steps=6, batch_size=4),
     )
     found = estimate(cell("spiel", suite=suite), Execution())
     assert found.num_trainable == pytest.approx(found.num_asked, rel=0.01)

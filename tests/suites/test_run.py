@@ -39,7 +39,7 @@ BAD_INPUT = [
     (["quikstart"], "unknown suite 'quikstart'; choose from quickstart"),
     ([], "no suite given; choose from quickstart"),
     (["quickstart", "--methods", "lara"], "unknown method 'lara'; choose from lora, "),
-    (["quickstart", "--methods", "lora,,base"], "unknown method ''; choose from "),
+    (["quickstart", "--methods", "a,,b"], "'a,,b' has an empty name; allowed: as spiel,lora"),
     (["quickstart", "--seeds", "0,x"], "'x' in '0,x' is not a whole number; allowed: as 0,1,2"),
     (["quickstart", "--seeds", "0,-1"], "'-1' in '0,-1' is not a whole number"),
     (["quickstart", "--seeds", "1,1"], "'1,1' names a seed twice"),
@@ -48,8 +48,8 @@ BAD_INPUT = [
     (["quickstart", "--steps", "0"], "--steps: '0' is not a whole number of at least 1"),
     (["quickstart", "--steps", "many"], "--steps: 'many' is not a whole number"),
     (["quickstart", "--limit", "2.5"], "--limit: '2.5' is not a whole number"),
-    (["quickstart", "--limmit", "2"], "unknown argument '--limmit'; choose from --limit, "),
-    (["quickstart", "--seed", "2"], "unknown argument '--seed'; choose from --seeds, "),
+    (["quickstart", "--limmit", "2"], "unknown argument '--limmit'; nearest: --limit, "),
+    (["quickstart", "--seed", "2"], "unknown argument '--seed'; nearest: --seeds, "),
     (["quickstart", "--dtype", "int3"], "--dtype: invalid choice: 'int3' (choose from 'float32'"),
     (
         ["quickstart", "--quantize", "2bit"],
@@ -117,14 +117,20 @@ def test_folder_that_takes_no_file_is_named(tmp_path, monkeypatch, code):
 
     monkeypatch.setattr(runner.tempfile, "TemporaryFile", refuse)
     with pytest.raises(runner.NotReadyError, match=os.strerror(code)):
-        runner.check_folder(tmp_path)
+        runner.check_folder(tmp_path, [cell()])
 
 
 def test_lack_of_disk_space_is_named(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 2**20})
     monkeypatch.setattr(runner.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(runner.NotReadyError, match="1 MiB of disk space left, 64 MiB are needed"):
-        runner.check_folder(tmp_path)
+        runner.check_folder(tmp_path, [cell()])
+
+
+def test_a_file_is_no_results_folder(arena, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert command("--methods", "base", out=tmp_path / "file") == 2
+    assert "file is a file; allowed: a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("split", ["test", "dev"])
@@ -152,8 +158,15 @@ def test_a_broken_row_stops_before_training(arena, tmp_path, capsys):
     assert not (out / "records").exists()
 
 
+def test_training_too_short_for_spiel_stops_before_training(arena, tmp_path, capsys):
+    assert command("--methods", "spiel", out=tmp_path) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "spiel is trained for at least 6 steps, got 3: --steps, or the suite's" in told
+
+
 def test_a_budget_that_no_method_can_have_stops_before_training(arena, tmp_path, capsys):
-    assert command("--methods", "lora,spiel", "--budget", "50000000", out=tmp_path) == 2
+    asked = ("--budget", "50000000", "--steps", "6")
+    assert command("--methods", "lora,spiel", *asked, out=tmp_path) == 2
     told = capsys.readouterr().err.splitlines()[-2:]
     assert told[0].startswith("error: lora: lora cannot have 50000000 weights")
     assert told[1].startswith("spiel: spiel-ag cannot have 50000000 weights")
@@ -169,6 +182,17 @@ def test_a_method_that_cannot_have_the_budget_leaves_the_others_alone(arena, tmp
         "base-50000000-s0.json",
         "lora-50000000-s0.json",
     }
+
+
+def test_adapters_are_kept_if_asked_for(arena, tmp_path):
+    few = ("--methods", "lora", "--seeds", "0")
+    assert command(*few, out=tmp_path) == 0
+    assert not (tmp_path / "artifacts").exists()
+    assert command(*few, "--keep-artifacts", "--force", out=tmp_path) == 0
+    kept = tmp_path / "artifacts" / "small" / "lora-r2-s0"
+    size = record.read(next((tmp_path / "records").rglob("*.json"))).size
+    assert size.artifact_bytes == sum(each.stat().st_size for each in kept.iterdir())
+    assert (kept / "adapter_model.safetensors").exists()
 
 
 def test_failing_cells_leave_the_others_alone(arena, tmp_path, capsys):
