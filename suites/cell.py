@@ -167,6 +167,9 @@ def _train(work: Work, contestant: Contestant, materials: Materials) -> None:
             num_tokens=num_tokens,
             yardstick_seconds=tuple(products),
         )
+    work.parts["training"] = dataclasses.replace(
+        work.parts["training"], optimizer=train.settings(optimizer)
+    )
     artifact_bytes = measure.artifact_bytes(contestant.artifact, work.artifact)
     if work.artifact is not None and artifact_bytes is None:
         work.report(Report("the artifact could not be kept: the log says why"))

@@ -84,6 +84,9 @@ class Training:
     #: What the product of `suites.yardstick` took before and after the steps (of the last sitting,
     #: if there were several).
     yardstick_seconds: tuple[float, ...] = ()
+    #: The optimizer's class and what it was made with (betas, eps and so on); the learning rate is
+    #: that before the schedule.
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,14 @@ def fit(
     return optimizer, trainer.count_tokens()
 
 
+def settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The class of `optimizer` and its groups' values, as JSON has them."""
+    kinds = str, bool, int, float, tuple
+    values = {name: own for name, own in optimizer.defaults.items() if isinstance(own, kinds)}
+    known = {name: list(own) if isinstance(own, tuple) else own for name, own in values.items()}
+    return {"class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}", **known}
+
+
 def arguments(setup: Setup) -> TrainingArguments:
     """The recipe in the Trainer's own words."""
     recipe = setup.recipe

@@ -43,6 +43,9 @@ def test_the_record_tells_everything(lora, tmp_path):
     assert set(found.phases) == {"load", "prepare", "train", "evaluate"}
     assert len(found.training.losses) == len(found.training.step_seconds) == 3
     assert found.training.num_tokens > 0
+    optimizer = found.training.optimizer
+    assert optimizer["class"] == "torch.optim.adamw.AdamW"
+    assert (optimizer["betas"], optimizer["eps"], optimizer["lr"]) == ([0.9, 0.999], 1e-8, 1e-3)
     assert set(found.scores) == {"world_target", "world_retention"}
     score = found.scores["world_target"]
     assert score.value == pytest.approx(sum(score.per_item) / score.num_items)
