@@ -15,11 +15,12 @@ from baselines.contestant import AdamWContestant, adapted
 
 @dataclass(frozen=True)
 class Lora:
-    """Alpha follows the rank, so that the update's scale does not change with the budget.
+    """Alpha follows the rank, so that the update's scale does not change with the budget, unless
+    `variant` has a `lora_alpha` of its own.
 
     `variant` is what else differs from peft's LoraConfig, as {"use_dora": True}; `in_fp32` as in
-    `baselines.contestant.adapted`. One rank for all
-    targets wherever one comes within 1 % of the budget, else some have one more than others.
+    `baselines.contestant.adapted`. One rank for all targets wherever one comes within 1 % of the
+    budget, else some have one more than others.
     """
 
     alpha_over_rank: float = 2.0
@@ -38,15 +39,17 @@ class Lora:
         ranks = self.ranks(model, budget)
         rank = min(ranks.values())
         higher = {name: own for name, own in ranks.items() if own > rank}
+        options: dict[str, Any] = dict(self.variant)
+        if "lora_alpha" not in options:
+            options["lora_alpha"] = self.alpha_over_rank * rank
+            options["alpha_pattern"] = {n: self.alpha_over_rank * own for n, own in higher.items()}
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=rank,
-            lora_alpha=self.alpha_over_rank * rank,  # type: ignore[arg-type]  # floats too
             rank_pattern=higher,
-            alpha_pattern={name: self.alpha_over_rank * own for name, own in higher.items()},
             lora_dropout=self.dropout,
             target_modules=list(budget.target_modules),
-            **self.variant,
+            **options,
         )
         return adapted(self.name, model, config, in_fp32=self.in_fp32)
 

@@ -34,7 +34,12 @@ def curves(records: Sequence[Record], left: Collection[str] = ()) -> pd.DataFram
         {"method": method, "lr": lr, "weight_decay": weight_decay} | outcome(own)
         for (method, lr, weight_decay), own in groups.items()
     ]
-    return pd.DataFrame([row | verdict(row, rows, left) for row in rows])
+    bounds = {
+        (method, lr)
+        for (method, lr, _), own in groups.items()
+        if all(record.status in ("ok", "diverged") for record in own)
+    }
+    return pd.DataFrame([row | verdict(row, rows, left, bounds) for row in rows])
 
 
 def outcome(records: Sequence[Record]) -> dict[str, Any]:
@@ -51,11 +56,16 @@ def outcome(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def verdict(
-    row: dict[str, Any], rows: Sequence[dict[str, Any]], left: Collection[str]
+    row: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    left: Collection[str],
+    bounds: Collection[tuple[str, float]],
 ) -> dict[str, bool]:
-    """Whether `row` is its method's pick, and whether it lies at an edge of its grid."""
+    """Whether `row` is its method's pick, and whether it lies at an edge of its grid, of which
+    `bounds` has the methods and rates that say what training comes to, be it that it diverges.
+    """
     own = [other for other in rows if other["method"] == row["method"]]
-    rates = [other["lr"] for other in own]
+    rates = [row["lr"], *(o["lr"] for o in own if (o["method"], o["lr"]) in bounds)]
     return {
         "picked": row["method"] not in left and row is pick(own),
         "at_edge": row["lr"] in (min(rates), max(rates)),

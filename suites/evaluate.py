@@ -19,6 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from suites import hub, questions
 from suites.record import TaskScore
 from suites.sources import Task
+from suites.values import short_hash
+
+#: lm-eval's own hashes of an item: of its row, of the prompt, and of the right answer.
+HASHES = ("doc_hash", "prompt_hash", "target_hash")
 
 
 def evaluate(
@@ -138,6 +142,7 @@ def _score(name: str, task: Task, results: Mapping[str, Any]) -> TaskScore:
         per_item=tuple(float(sample[metric]) for sample in samples),
         doc_ids=tuple(sample["doc_id"] for sample in samples),
         subtasks={name: len(samples)},
+        items_hash=short_hash([[sample[name] for name in HASHES] for sample in samples]),
     )
 
 
@@ -154,6 +159,7 @@ def _pooled(task: Task, parts: Mapping[str, TaskScore], by_size: bool) -> TaskSc
         doc_ids=tuple(number for part in parts.values() for number in part.doc_ids),
         subtasks={name: part.num_items for name, part in parts.items()},
         weighs_by_size=by_size,
+        items_hash=short_hash([part.items_hash for part in parts.values()]),
     )
 
 

@@ -1,6 +1,7 @@
 """The suites of the SpIEL paper (arXiv 2401.16405, section 4): instruction tuning of Llama 2.
 
 Model, data, recipe, budget and grids are the paper's and its code's (github.com/ducdauge/sft-llm).
+The paper's LoRA, of alpha 16 and dropout 0.1, is `lora-paper`; `lora` has alpha 2r and no dropout.
 Retention is ours: the paper measures none.
 """
 

@@ -146,7 +146,16 @@ METHODS: dict[str, Entry] = {
     "lora-dropout": Entry(
         "LoRA with the SpIEL paper's dropout", LORA, _lora("lora-dropout", dropout=0.1)
     ),
-    "rslora": Entry("LoRA scaled by the root of its rank", LORA, _lora("rslora", use_rslora=True)),
+    "lora-paper": Entry(
+        "LoRA with the SpIEL paper's dropout and its alpha, 16 whatever the rank",
+        LORA,
+        _lora("lora-paper", dropout=0.1, lora_alpha=16),
+    ),
+    "rslora": Entry(
+        "LoRA scaled by the root of its rank, alpha 16",
+        LORA,
+        _lora("rslora", lora_alpha=16, use_rslora=True),
+    ),
     "dora": Entry("LoRA of directions, and magnitudes", LORA, _lora("dora", use_dora=True)),
     "pissa": Entry(
         "LoRA that starts as the weights' largest singular vectors",

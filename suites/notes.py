@@ -56,10 +56,27 @@ def unlike(records: Sequence[Record]) -> list[str]:
     if len(set(decays.values())) > 1:
         named = ", ".join(f"{method} {decay:g}" for method, decay in decays.items())
         notes.append(f"Weight decay: {named}.")
+    notes += libraries(records)
     if len(trained) > 1:
         named = "; ".join(f"{dtypes}: {', '.join(methods)}" for dtypes, methods in trained.items())
         notes.append(f"Trained weights are {named}. In 16 bits small updates round to nothing.")
     return notes
+
+
+def libraries(records: Sequence[Record]) -> list[str]:
+    """Those of which the records were made with several versions."""
+    used: dict[str, list[tuple[str, str]]] = {}
+    for each in records:
+        for name, version in each.environment.packages.items() if each.environment else ():
+            used.setdefault(name, []).append((version, each.method_name))
+    versions = {name: report.grouped(pairs) for name, pairs in used.items()}
+    return [
+        f"Of {name} several versions: "
+        + "; ".join(f"{version} for {', '.join(methods)}" for version, methods in found.items())
+        + "."
+        for name, found in versions.items()
+        if len(found) > 1
+    ]
 
 
 def data(records: Sequence[Record]) -> list[str]:
@@ -95,7 +112,15 @@ def rates(cells: Sequence[Cell]) -> list[str]:
         "picked on dev": picked,
     }
     told = [f"{', '.join(dict.fromkeys(names))}: {of}" for of, names in sources.items() if names]
-    return [f"Learning rates: {'; '.join(told)}."]
+    edges = ", ".join(dict.fromkeys(cell.method for cell in trained if _is_at_edge(cell)))
+    beyond = f" At an edge of its grid, beyond which a better one may lie: {edges}."
+    return [f"Learning rates: {'; '.join(told)}.{beyond if edges else ''}"]
+
+
+def _is_at_edge(cell: Cell) -> bool:
+    grid = cell.suite.grids.get(stand_in(cell.method, cell.suite.grids), ())
+    found = [tuning.lr for tuning in grid]
+    return bool(found) and given(cell.tuning).lr in (min(found), max(found))
 
 
 def metrics(records: Sequence[Record]) -> str:

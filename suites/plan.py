@@ -129,7 +129,7 @@ def plan(
 
 
 #: Forms of LoRA take its rates; of the floor nothing is trained, so any will do.
-AS_LORA = ("lora-bf16", "lora-dropout", "frozen")
+AS_LORA = ("lora-bf16", "lora-dropout", "lora-paper", "frozen")
 
 
 def stand_in(method: str, table: Mapping[str, Any]) -> str:

@@ -21,6 +21,9 @@ PACKAGES = (
     "triton",
     "bitsandbytes",
     "numpy",
+    "numba",
+    "tokenizers",
+    "scipy",
 )
 
 
@@ -41,6 +44,10 @@ class Environment:
     device: str
     #: Data-parallel processes; threads are those of each.
     num_processes: int = 1
+    #: Of all Python files of the product, committed or not.
+    code_hash: str = ""
+    #: The CUDA version that torch was built for.
+    cuda: str | None = None
 
     @property
     def hardware(self) -> str:
@@ -71,6 +78,8 @@ def environment(device: str, num_processes: int = 1, first_gpu: int = 0) -> Envi
         gpus=tuple(torch.cuda.get_device_name(first_gpu + index) for index in range(num_gpus)),
         device=device,
         num_processes=num_processes,
+        code_hash=code_hash(),
+        cuda=torch.version.cuda,
     )
 
 

@@ -48,6 +48,8 @@ class TaskScore:
     subtasks: Mapping[str, int] = field(default_factory=dict)
     #: Whether `value` is the mean over all items.
     weighs_by_size: bool = True
+    #: Of what lm-eval asked and held for right: other data or another prompt have another.
+    items_hash: str = ""
 
 
 @dataclass(frozen=True)

@@ -151,9 +151,11 @@ def compared(own: Sequence[Record], base: Sequence[Record]) -> dict[str, float |
         arrays, weights = ([], []) if is_base else item_differences(own, base, role)
         found = stats.paired_difference(arrays, weights) if arrays else None
         row[name] = found.mean if found else None
-        row[f"{name}_low"] = found.low if found else None
-        row[f"{name}_high"] = found.high if found else None
-        row[f"{name}_p"] = found.p_value if found else None
+        # Of one seed, or of few items, it would be too narrow.
+        is_told = found is not None and found.p_value is not None
+        for bound in ("low", "high", "p_value"):
+            column = f"{name}_{bound.removesuffix('_value')}"
+            row[column] = getattr(found, bound) if is_told else None
     return row
 
 
@@ -184,7 +186,9 @@ def item_differences(
 
 
 def _difference(own: TaskScore, base: TaskScore) -> np.ndarray:
-    if own.doc_ids != base.doc_ids or own.subtasks != base.subtasks:
+    known = own.items_hash and base.items_hash
+    is_other = own.doc_ids != base.doc_ids or own.subtasks != base.subtasks
+    if is_other or (known and own.items_hash != base.items_hash):
         raise MixedRecordsError("records of different test items do not share a table")
     return np.subtract(own.per_item, base.per_item)
 

@@ -66,6 +66,9 @@ def test_lora_is_pefts_and_starts_as_the_base(model):
     contestant = Lora(alpha_over_rank=1.5).prepare(model, Budget(2, TARGETS), 10)
     config = contestant.model.peft_config["default"]
     assert (config.r, config.lora_alpha) == (2, 3.0)
+    own = Lora(variant={"lora_alpha": 16}).prepare(make_llama(), Budget(2, TARGETS), 10)
+    config = own.model.active_peft_config
+    assert (config.r, config.lora_alpha, config.alpha_pattern) == (2, 16, {})
     assert torch.equal(logits(contestant.model.eval()), before)
 
 

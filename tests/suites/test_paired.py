@@ -19,8 +19,9 @@ def with_items(of, *per_item):
 
 
 def test_methods_are_compared_with_lora_item_by_item():
-    lora = [with_items(cell(seed=seed), *[0.0] * 8, 1.0, 1.0) for seed in range(3)]
-    spiel = [with_items(cell("spiel", seed=seed), *[1.0] * 8, 1.0, 0.0) for seed in range(3)]
+    few = [1.0, 1.0] * 4, [1.0, 0.0] * 4
+    lora = [with_items(cell(seed=seed), *[0.0] * 32, *few[0]) for seed in range(3)]
+    spiel = [with_items(cell("spiel", seed=seed), *[1.0] * 32, *few[1]) for seed in range(3)]
     frame = report.frame(lora + spiel)
     row = row_of(frame, "spiel")
     assert row["target_minus_lora"] == pytest.approx(0.7)
@@ -40,7 +41,8 @@ def test_methods_are_compared_with_lora_item_by_item():
 def test_one_seed_has_no_star():
     lora, spiel = with_items(cell(), *[0.0] * 40), with_items(cell("spiel"), *[1.0] * 40)
     frame = report.frame([lora, spiel])
-    assert row_of(frame, "spiel")["target_minus_lora_low"] == 1.0
+    assert row_of(frame, "spiel")["target_minus_lora"] == 1.0
+    assert pd.isna(row_of(frame, "spiel")["target_minus_lora_low"])
     words = dict(zip(frame["method"], table.quality(frame)["vs lora"], strict=True))
     assert words["spiel"] == "+1.000 / +0.000"
 
@@ -90,6 +92,18 @@ def test_other_subtasks_are_not_paired():
     other = of_two_subtasks(cell("spiel"), 3, 520, subtasks={"few": 10, "more": 1000})
     with pytest.raises(report.MixedRecordsError, match="different test items"):
         report.frame([of_two_subtasks(cell(), 5, 500), other])
+
+
+def test_items_of_other_content_are_not_paired():
+    def with_hash(method, items_hash):
+        made = with_items(cell(method), 1.0, 0.0)
+        asked = dataclasses.replace(made.scores["t"], items_hash=items_hash)
+        return dataclasses.replace(made, scores={**made.scores, "t": asked})
+
+    report.frame([with_hash("lora", "a"), with_hash("spiel", "a")])
+    report.frame([with_hash("lora", ""), with_hash("spiel", "a")])  # an older record has none
+    with pytest.raises(report.MixedRecordsError, match="different test items"):
+        report.frame([with_hash("lora", "a"), with_hash("spiel", "b")])
 
 
 def test_other_items_are_not_paired():

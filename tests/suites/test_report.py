@@ -127,9 +127,21 @@ def test_the_notes_tell_where_learning_rates_are_from():
     picked = dataclasses.replace(full, tuning=Tuning(7.0))
     assert notes.rates([lora, picked, like]) == [
         "Learning rates: lora: the suite's own (--search picks them on dev); lora-bf16: lora's, "
-        "for want of one of their own; full: picked on dev."
+        "for want of one of their own; full: picked on dev. At an edge of its grid, beyond which a "
+        "better one may lie: lora, lora-bf16."
     ]
     assert notes.rates([dataclasses.replace(lora, suite=small_suite(grids={}))]) == []
+
+
+def test_methods_of_several_versions_of_a_library_are_told():
+    def made(method, version):
+        packages = {"torch": "2.13.0", "peft": version}
+        environment = dataclasses.replace(ENVIRONMENT, packages=packages)
+        return finished(cell(method), environment=environment)
+
+    (told,) = notes.libraries([made("lora", "1"), made("full", "1"), made("spiel", "2")])
+    assert told == "Of peft several versions: 1 for lora, full; 2 for spiel."
+    assert notes.libraries([made("lora", "1"), made("spiel", "1")]) == []
 
 
 def scored(of, **tasks):

@@ -34,6 +34,16 @@ def test_search_picks_the_best_mean_and_flags_an_edge():
     assert "picked, at edge" in set(search.words(found)[""])
 
 
+@pytest.mark.parametrize(("status", "is_at_edge"), [("failed", True), ("diverged", False)])
+def test_a_rate_that_failed_for_another_reason_is_no_bound_of_the_grid(status, is_at_edge):
+    good = [trial(lr, seed, 10 * lr)[1] for lr in (1e-4, 1e-3) for seed in (0, 1)]
+    of, one = trial(1e-2, 0, 0.9)
+    other = dataclasses.replace(of, seed=1)
+    found = curves([*good, one, Record.of(other, status, "no luck", record.now())])
+    (picked,) = found[found["picked"]].to_dict("records")
+    assert (picked["lr"], picked["at_edge"]) == (1e-3, is_at_edge)
+
+
 def test_search_writes_its_curves(tmp_path, capsys):
     trials = [trial(lr, seed, 0.5) for lr in (1e-4, 1e-3) for seed in (0, 1)]
     for of, found in trials:

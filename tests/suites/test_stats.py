@@ -53,7 +53,7 @@ def test_no_difference_is_not():
     found = paired_difference([items(0.7) - items(0.7, seed=1)])
     assert found.low < 0 < found.high
     assert found.p_value > 0.05
-    assert paired_difference([np.zeros((3, 10))]).p_value == 1.0
+    assert paired_difference([np.zeros((3, 40))]).p_value == 1.0
 
 
 def test_pairing_finds_what_lies_below_the_spread_of_items():
@@ -83,10 +83,16 @@ def test_chance_seldom_makes_few_seeds_significant(monkeypatch):
 
 
 def test_seeds_that_agree_leave_it_to_the_items():
-    differences = np.zeros((3, 8))
-    differences[:, :3] = 1.0  # the same three of eight items in each seed
+    differences = np.zeros((3, 40))
+    differences[:, :2] = 1.0  # the same two of forty items in each seed
     assert paired_difference([differences]).p_value > 0.05
-    assert paired_difference([np.ones((3, 8))]).p_value < 0.05
+    assert paired_difference([np.ones((3, 40))]).p_value < 0.05
+
+
+def test_few_items_have_no_p_value():
+    """By simulation: of five that happen to be alike a bootstrap is far too sure."""
+    assert paired_difference([np.ones((3, stats.MIN_ITEMS - 1))]).p_value is None
+    assert paired_difference([np.ones((3, 20)), np.ones((3, 20))]).p_value is not None
 
 
 def test_one_seed_has_an_interval_of_items_and_no_p_value():
