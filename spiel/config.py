@@ -123,8 +123,10 @@ class SpielConfig(PeftConfig):
     def _check_schedule(self) -> None:
         window, interval = self.selection_accumulation_steps, self.reselection_steps
         for name in ("reselection_steps", "selection_accumulation_steps"):
-            if not _is_number(getattr(self, name), Integral):
-                raise ValueError(f"{name} must be an integer, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not (_is_number(value) and float(value).is_integer()):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+            setattr(self, name, int(value))
         if not 1 <= window < interval:
             raise ValueError(
                 f"selection_accumulation_steps must be at least 1 and less than reselection_steps "

@@ -97,7 +97,7 @@ class SpielModel(BaseTuner):
         if peft_config.num_deltas is None:
             total = total_deltas(peft_config, count_parameters(model))
             peft_config.num_deltas = share_out(total, shapes)
-            if is_all_linear:
+            if is_all_linear and peft_config.num_tunable_weights is None:
                 warn_of_experts(model, total, shapes)
         else:
             check_saved(peft_config, shapes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -14,11 +15,12 @@ from spiel.delta_layer import layer_of
 
 class _Reminder:
     """Watches the steps of all optimizers, from the first adapter that wants reselections until a
-    Reselector is made or its warning was given.
+    Reselector is made; after its warning it does not look any longer.
     """
 
     def __init__(self) -> None:
-        self._num_steps = self._patience = 0
+        self._num_steps: WeakKeyDictionary[torch.optim.Optimizer, int] = WeakKeyDictionary()
+        self._patience = 0
         self._hook: RemovableHandle | None = None
         self._is_known = False
 
@@ -37,13 +39,13 @@ class _Reminder:
 
     def _count(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = (p for group in optimizer.param_groups for p in group["params"])
-        if all(layer_of(parameter) is None for parameter in parameters):
+        if self._is_known or all(layer_of(parameter) is None for parameter in parameters):
             return
-        self._num_steps += 1
-        if self._num_steps > self._patience:
-            self.forget()
+        self._num_steps[optimizer] = num_steps = self._num_steps.get(optimizer, 0) + 1
+        if num_steps > self._patience:
+            self._is_known = True  # the hook stays: torch goes through all of them just now
             warnings.warn(
-                f"SpIEL's deltas have taken {self._num_steps} optimizer steps, and no Reselector "
+                f"SpIEL's deltas have taken {num_steps} optimizer steps, and no Reselector "
                 "moves them: they stay where they were drawn at random. Give the Trainer "
                 "callbacks=[spiel.SpielCallback()], or make a spiel.Reselector before training; "
                 "initial_reselection_rate=0 says that they shall stay",

@@ -60,7 +60,6 @@ class Reselector:
         total_steps: int,
         adapter: str | None = None,
     ) -> None:
-        reminder.forget()
         self.adapter, self.layers = spiel_layers(model, adapter)
         config = config_of(model, self.adapter)
         self.growth: str = config.growth
@@ -90,6 +89,7 @@ class Reselector:
         #: Nothing was learned before, so the first reselection may replace everything.
         self.is_random = not any(bool(values.any()) for values in deltas)
         self._open_windows()
+        reminder.forget()
 
     # -- the interface ----------------------------------------------------------------------
 
@@ -167,9 +167,9 @@ class Reselector:
             return
         self.skip_step()
         warnings.warn(
-            "a backward pass whose gradient was not finite never reached the optimizer; growth "
-            "leaves out all that was gathered since the last step: call reselector.skip_step() "
-            "along with zero_grad(), so that only that pass is forgotten",
+            "a backward pass whose gradient was not finite never reached the optimizer as it was; "
+            "growth leaves out all that was gathered since the last step: call "
+            "reselector.skip_step() along with zero_grad(), so that only that pass is forgotten",
             stacklevel=2,
         )
 

@@ -49,6 +49,11 @@ def test_aliases_of_growth(alias, growth):
     assert spiel.SpielConfig(growth=alias).growth == growth
 
 
+def test_whole_numbers_may_be_floats():
+    config = spiel.SpielConfig(reselection_steps=30.0)
+    assert type(config.reselection_steps) is int and config.reselection_steps == 30
+
+
 def test_defaults_are_those_of_the_paper():
     config = spiel.SpielConfig()
     assert (config.reselection_steps, config.selection_accumulation_steps) == (20, 5)

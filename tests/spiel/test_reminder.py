@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import spiel
 from spiel.reminder import _Reminder
@@ -39,7 +40,20 @@ def test_deltas_that_nobody_moves_are_told_of_once(fresh, recwarn, optimizer):
     (told,) = told_after(45, recwarn, optimizer=optimizer)
     assert told.startswith("SpIEL's deltas have taken 21 optimizer steps, and no Reselector")
     assert "callbacks=[spiel.SpielCallback()]" in told
-    assert fresh._hook is None  # optimizers are not watched any longer
+    assert told_after(45, recwarn, optimizer=optimizer) == [told]
+
+
+def test_other_hooks_of_all_optimizers_are_left_alone(fresh, recwarn):
+    """torch goes through a dict of them, which must not change meanwhile."""
+    config = spiel.SpielConfig(num_tunable_weights=40, target_modules=["0"])
+    peft.get_peft_model(nn.Sequential(nn.Linear(12, 12)), config)
+    calls = []
+    hook = register_optimizer_step_post_hook(lambda *_: calls.append(None))
+    try:
+        assert len(told_after(45, recwarn)) == 1
+    finally:
+        hook.remove()
+    assert len(calls) == 2 * 45
 
 
 def test_nothing_is_said_before_the_second_reselection(fresh, recwarn):
