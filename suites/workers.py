@@ -124,7 +124,7 @@ def check_inputs(
     try:
         preflight.check_suite(suite)
     except (ValueError, OSError, ImportError) as error:  # which say what is wrong
-        connection.send(Checked(str(error).strip()))
+        connection.send(Checked(str(error).strip() or type(error).__name__))
     else:
         connection.send(Checked(refusals=preflight.refusals(suite, cells)))
 
