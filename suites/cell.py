@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -251,4 +252,19 @@ def size(contestant: Contestant, num_weights: int, num_asked: int | None) -> Siz
     matched = num_asked is not None and is_met(num_asked, met)
     trained = [weight for weight in contestant.model.parameters() if weight.requires_grad]
     dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in trained})
-    return Size(num_weights, met, num_asked, matched, tuple(dtypes))
+    config = adapter_config(contestant.model)
+    return Size(num_weights, met, num_asked, matched, tuple(dtypes), adapter_config=config)
+
+
+def adapter_config(model: torch.nn.Module) -> dict[str, Any]:
+    """Of peft's model with one adapter its config, as JSON has it; else empty."""
+    configs = list(getattr(model, "peft_config", {}).values())
+    if len(configs) != 1:
+        return {}
+    plain = json.dumps(configs[0].to_dict(), default=_plain)
+    values: dict[str, Any] = json.loads(plain)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)

@@ -106,6 +106,8 @@ class Size:
     saved_for_backward_bytes: int | None = None
     optimizer_state_bytes: int | None = None
     artifact_bytes: int | None = None
+    #: peft's config of the adapter, with what was solved from the budget; empty without one.
+    adapter_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

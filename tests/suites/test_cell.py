@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from spiel import ops
+from suites import catalog, record
 from suites import cell as cell_module
-from suites import record
 from suites.distributed import Rank
 from suites.plan import Execution
 from suites.suite import Recipe, Task
@@ -37,6 +37,9 @@ def test_the_record_tells_everything(lora, tmp_path):
     assert (found.status, found.reason) == ("ok", "")
     assert found.size.num_trainable == found.size.num_asked
     assert found.size.matched
+    config = found.size.adapter_config
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 4)
+    assert config["target_modules"] == sorted(catalog.LLAMA_PROJECTIONS)
     assert found.size.saved_for_backward_bytes > 0
     assert found.size.optimizer_state_bytes > 2 * 4 * found.size.num_trainable
     assert found.size.artifact_bytes > 4 * found.size.num_trainable
