@@ -17,7 +17,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from suites.measure import Meter
-from suites.provenance import Environment, code_hash
+from suites.provenance import Environment
 from suites.record import PhaseCost, now, write_whole
 from suites.steps import StepMeter
 
@@ -65,7 +65,7 @@ class Checkpoints(TrainerCallback):
         anew: bool = False,
     ) -> None:
         self.folder, self.every_seconds, self.is_main = folder, every_seconds, is_main
-        made_by = [code_hash(), environment.hardware, environment.packages, world]
+        made_by = [environment.code_hash, environment.hardware, environment.packages, world]
         self.made_by = json.loads(json.dumps(made_by))
         self.passed_over: list[int] = []
         found = None if anew else self._newest()

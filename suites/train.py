@@ -15,6 +15,7 @@ from suites.distributed import share
 from suites.methods import Contestant
 from suites.steps import StepMeter
 from suites.suite import Recipe, Tuning
+from suites.values import hashed_values
 
 
 class DivergedError(ArithmeticError):
@@ -122,8 +123,8 @@ def settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The class of `optimizer` and its groups' values, as JSON has them."""
     kinds = str, bool, int, float, tuple
     values = {name: own for name, own in optimizer.defaults.items() if isinstance(own, kinds)}
-    known = {name: list(own) if isinstance(own, tuple) else own for name, own in values.items()}
-    return {"class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}", **known}
+    kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    return {"class": kind, **hashed_values(values)}
 
 
 def arguments(setup: Setup) -> TrainingArguments:

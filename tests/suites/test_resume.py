@@ -169,12 +169,11 @@ def test_what_other_hardware_or_libraries_made_is_not(tmp_path, changes):
     assert (found.history.folder, found.passed_over) == (None, [9])
 
 
-def test_what_other_code_made_is_not_whatever_else_was_committed(tmp_path, monkeypatch):
+def test_what_other_code_made_is_not_whatever_else_was_committed(tmp_path):
     write_history(tmp_path, 9, checkpoints(tmp_path))
     elsewhere = {"git_revision": "f00", "git_dirty": True, "platform": "another kernel"}
     assert checkpoints(tmp_path, **elsewhere).history.folder == tmp_path / "checkpoint-9"
-    monkeypatch.setattr("suites.checkpoint.code_hash", lambda: "other")
-    assert checkpoints(tmp_path).history.folder is None
+    assert checkpoints(tmp_path, code_hash="other").history.folder is None
 
 
 def test_a_damaged_history_is_no_checkpoint(tmp_path):
