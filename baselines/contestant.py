@@ -47,15 +47,16 @@ def adapted(
 ) -> AdamWContestant:
     """`model` with the adapter that `config` describes; the adapter's weights are trained.
 
-    They are fp32 even where the model is in 16 bits, which is peft's default, if `in_fp32`.
+    They are fp32 even where the model is in 16 bits, which is peft's default, if `in_fp32`; so
+    are those that peft leaves in 16 bits, as copies of the model's own.
 
     Raises ValueError if the model is quantised and peft's method does not train on that; the
     message says `name`, whatever peft says where there is no quantisation.
     """
     if not is_quantised(model):
-        return AdamWContestant(get_peft_model(model, config, autocast_adapter_dtype=in_fp32))
+        return _wrapped(model, config, in_fp32)
     try:
-        contestant = AdamWContestant(get_peft_model(model, config, autocast_adapter_dtype=in_fp32))
+        contestant = _wrapped(model, config, in_fp32)
         rehearse(contestant)
     except torch.OutOfMemoryError:
         raise
@@ -63,6 +64,28 @@ def adapted(
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{name} does not train on a quantised model: {reason}") from error
     return contestant
+
+
+def _wrapped(model: torch.nn.Module, config: PeftConfig, in_fp32: bool) -> AdamWContestant:
+    contestant = AdamWContestant(get_peft_model(model, config, autocast_adapter_dtype=in_fp32))
+    if in_fp32:
+        train_in_fp32(contestant.model)
+    return contestant
+
+
+def train_in_fp32(model: PreTrainedModel | PeftModel | PeftMixedModel) -> None:
+    """Makes the trained weights of `model` fp32, so that no update is too small for them.
+
+    If there were any in 16 bits, torch's autocast computes in that dtype, in training and after
+    (mixed precision, arXiv 1710.03740).
+    """
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    narrow = [weight for weight in trained if weight.dtype != torch.float32]
+    if narrow:
+        autocast = torch.autocast(narrow[0].device.type, narrow[0].dtype)
+        for weight in narrow:
+            weight.data = weight.data.float()
+        model.forward = autocast(model.forward)  # type: ignore[method-assign]
 
 
 def is_quantised(model: torch.nn.Module) -> bool:

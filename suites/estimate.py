@@ -3,7 +3,8 @@
 Memory, in bytes, of one process:
 
 - weights: every parameter and buffer in its dtype; 4-bit linears 4.127 bits a weight (QLoRA,
-  arXiv 2305.14314, section 3); what the method adds in fp32.
+  arXiv 2305.14314, section 3); what the method trains in fp32, unless its options have it in the
+  model's dtype. Full fine-tuning in fp32 computes with copies in that dtype.
 - gradients: the trained weights in their dtype; optimizer: twice that, the moments of Adam.
 - activations, for T tokens of one micro-batch in a model of width h, MLP width m, key and value
   width k and b bytes an element: a layer keeps T (b (6 h + 2 k + 4 m) + 8 h): inputs and outputs
@@ -60,14 +61,16 @@ def estimate(cell: Cell, way: Execution) -> Estimate:
     suite = cell.suite
     model = meta_model(suite)
     size = size_of(cell, suite)
-    # A method adds weights in fp32, or trains all the model's own as they are.
-    is_own = size == model.num_parameters()
-    trained_bytes = size * (getattr(torch, suite.model.dtype).itemsize if is_own else 4)
+    held = getattr(torch, suite.model.dtype).itemsize
+    trained = 4 if cell.entry.options.get("in_fp32", True) else held
+    # The weights that are trained are the model's own, or beside them.
+    is_beside = size != model.num_parameters() or trained != held
+    trained_bytes = size * trained
     needed = activation_bytes(model.config, suite, way.num_processes) if cell.entry.trains else 0
     return Estimate(
         num_asked=suite.budget.num_weights(model),
         num_trainable=size,
-        weights_bytes=_held_bytes(model, suite.model.quantize) + (0 if is_own else trained_bytes),
+        weights_bytes=_held_bytes(model, suite.model.quantize) + is_beside * trained_bytes,
         gradient_bytes=trained_bytes,
         optimizer_bytes=2 * trained_bytes,
         activation_bytes=needed,

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 #: LoRA as peft ships it, and in the model's own dtype; which is faster is for the GPU to say.
 RIVALS = ("lora", "lora-bf16")
-METHODS = ("frozen", *RIVALS, "lora-dropout", "shira", "full", "spiel", "spiel-ma")
+WHOLE = ("full", "full-bf16")
+METHODS = ("frozen", *RIVALS, "lora-dropout", "shira", *WHOLE, "spiel", "spiel-ma")
 
 #: What `--vary` can name -> the values of that flag, None for the flag left out.
 AXES: dict[str, tuple[Any, ...]] = {
@@ -92,7 +93,7 @@ def settings(names: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 def contenders(methods: Sequence[str], setting: dict[str, Any]) -> list[str]:
     """`methods`, of which full fine-tuning cannot train a quantised model."""
-    return [name for name in methods if name != "full" or setting.get("quantize") is None]
+    return [name for name in methods if name not in WHOLE or setting.get("quantize") is None]
 
 
 def command(suite: Suite, methods: Sequence[str], setting: dict[str, Any], out: Path) -> list[str]:

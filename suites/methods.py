@@ -129,7 +129,8 @@ def _super(name: str, low_rank_share: float) -> dict[str, Any]:
 
 
 LORA, ADAPTER = "baselines.lora:Lora", "baselines.adapter:Adapter"
-SUPER, SPIEL = "baselines.supertuning:Supertuning", "spiel.method:Spiel"
+FULL, SUPER = "baselines.full:Full", "baselines.supertuning:Supertuning"
+SPIEL = "spiel.method:Spiel"
 
 METHODS: dict[str, Entry] = {
     "base": Entry(
@@ -138,7 +139,15 @@ METHODS: dict[str, Entry] = {
     "frozen": Entry(
         "the floor: a step's passes with nothing to train", "baselines.frozen:Frozen", matched=False
     ),
-    "full": Entry("full fine-tuning with AdamW", "baselines.full:Full", matched=False),
+    "full": Entry(
+        "full fine-tuning with AdamW, of fp32 weights in mixed precision",
+        FULL,
+        {"in_fp32": True},
+        matched=False,
+    ),
+    "full-bf16": Entry(
+        "full fine-tuning in the model's dtype", FULL, {"in_fp32": False}, matched=False
+    ),
     "lora": Entry("LoRA as peft ships it", LORA, _lora("lora")),
     "lora-bf16": Entry(
         "LoRA in the model's dtype, not in fp32", LORA, _lora("lora-bf16", in_fp32=False)

@@ -98,23 +98,21 @@ def rates(cells: Sequence[Cell]) -> list[str]:
     trained = [cell for cell in cells if cell.entry.trains]
     if not trained or not suite.grids:
         return []
-    own, borrowed, picked = [], [], []
-    for cell in trained:
-        if cell.tuning != suite.tunings.get(stand_in(cell.method, suite.tunings)):
-            picked.append(cell.method)
-        elif cell.method in suite.tunings:
-            own.append(cell.method)
-        else:
-            borrowed.append(cell.method)
-    sources = {
-        "the suite's own (--search picks them on dev)": own,
-        f"{report.BASELINE}'s, for want of one of their own": borrowed,
-        "picked on dev": picked,
-    }
-    told = [f"{', '.join(dict.fromkeys(names))}: {of}" for of, names in sources.items() if names]
+    sources = report.grouped((_source(cell), cell.method) for cell in trained)
+    told = [f"{', '.join(names)}: {source}" for source, names in sources.items()]
     edges = ", ".join(dict.fromkeys(cell.method for cell in trained if _is_at_edge(cell)))
     beyond = f" At an edge of its grid, beyond which a better one may lie: {edges}."
     return [f"Learning rates: {'; '.join(told)}.{beyond if edges else ''}"]
+
+
+def _source(cell: Cell) -> str:
+    rates = cell.suite.tunings
+    like = stand_in(cell.method, rates)
+    if cell.tuning != rates.get(like):
+        return "picked on dev"
+    if cell.method == like:
+        return "the suite's own (--search picks them on dev)"
+    return f"{like}'s, for want of one of their own"
 
 
 def _is_at_edge(cell: Cell) -> bool:

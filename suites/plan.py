@@ -128,14 +128,18 @@ def plan(
     return cells
 
 
-#: Forms of LoRA take its rates; of the floor nothing is trained, so any will do.
-AS_LORA = ("lora-bf16", "lora-dropout", "lora-paper", "frozen")
+#: Forms of a method, which take its rates; of the floor nothing is trained, so any will do.
+FORM_OF = {
+    **dict.fromkeys(("lora-bf16", "lora-dropout", "lora-paper", "frozen"), "lora"),
+    "full-bf16": "full",
+}
 
 
 def stand_in(method: str, table: Mapping[str, Any]) -> str:
     """The method whose learning rates `method` takes: LoRA's for one of peft's that has none."""
-    is_like = method.startswith(PEFT) or method in AS_LORA
-    return "lora" if is_like and method not in table else method
+    if method in table:
+        return method
+    return "lora" if method.startswith(PEFT) else FORM_OF.get(method, method)
 
 
 def plan_search(suite: Suite, methods: Sequence[str], seeds: Iterable[int]) -> list[Cell]:

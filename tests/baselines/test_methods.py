@@ -1,6 +1,7 @@
 """What METHODS promises of every method, on a small Llama."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests.baselines.llama import budget, logits, make_llama, train
 from tests.suites.arena import small_suite
 
 TRAINED = [name for name, entry in METHODS.items() if entry.trains and name != "frozen"]
-ADAPTERS = [name for name in TRAINED if name != "full"]
+ADAPTERS = [name for name in TRAINED if name not in ("full", "full-bf16")]
 MATCHED = [name for name, entry in METHODS.items() if entry.matched]
 
 #: Prefixes have no end where places are rotations.
@@ -57,7 +58,12 @@ def test_it_learns_and_changes_nothing_else(name):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_it_trains_in_bf16(name):
-    losses = train(prepared(name, make_llama().to(torch.bfloat16)))
+    contestant = prepared(name, make_llama().to(torch.bfloat16))
+    dtype = torch.bfloat16 if name.endswith("-bf16") else torch.float32
+    assert {weight.dtype for weight in contestant.model.parameters() if weight.requires_grad} == {
+        dtype
+    }
+    losses = train(contestant)
     assert losses[-1] < losses[0]
 
 
@@ -132,11 +138,34 @@ def test_full_refuses_4_bits(four_bits):
         prepared("full", four_bits())
 
 
+def test_full_learns_by_steps_that_16_bits_cannot_hold():
+    """A rate of 1e-5 is far below half of bfloat16's spacing at most weights."""
+    moved = {}
+    for name in ("full", "full-bf16"):
+        model = make_llama().to(torch.bfloat16)
+        contestant = prepared(name, model)
+        before = [weight.detach().clone() for weight in contestant.trainable]
+        train(contestant, lr=1e-5)
+        after = zip(before, contestant.trainable, strict=True)
+        moved[name] = sum((old != new).sum().item() for old, new in after)
+        assert logits(model).dtype == torch.bfloat16
+    assert moved["full"] > 0.9 * contestant.num_trainable > 2 * moved["full-bf16"]
+
+
+@pytest.mark.parametrize("name", ["full", "ln_tuning"])
+def test_it_goes_through_a_cell_in_mixed_precision(name, run_cell):
+    found = run_cell(name, METHODS[name], dtype="bfloat16")
+    assert (found.status, found.reason) == ("ok", "")
+    assert found.size.trainable_dtypes == ("float32",)
+    assert found.size.optimizer_state_bytes > 8 * found.size.num_trainable
+
+
 @pytest.fixture
 def run_cell(world_folder, tmp_path):
-    def run(name, entry):
+    def run(name, entry, dtype="float32"):
         recipe = Recipe(num_steps=6, batch_size=4)
         suite = small_suite(tunings={name: Tuning(lr=1e-3)}, recipe=recipe)
+        suite = dataclasses.replace(suite, model=dataclasses.replace(suite.model, dtype=dtype))
         way = Execution(save_seconds=None)
         of = Cell(suite, name, entry, suite.tunings[name], 0)
         return cell_module.run(of, world_folder, tmp_path, way, Rank(), lambda report: None)

@@ -17,7 +17,7 @@ from suites.distributed import Rank
 from suites.embedded import build
 from suites.methods import METHODS
 from suites.overrides import override
-from suites.plan import AS_LORA, Cell, Execution, plan, plan_search
+from suites.plan import FORM_OF, Cell, Execution, plan, plan_search
 from suites.record import Record
 from suites.suite import Suite, Tuning
 from tests.conftest import TINY
@@ -235,9 +235,10 @@ def test_every_suite_is_complete(suite):
 
 @pytest.mark.parametrize("suite", [s for s in SUITES.values() if s.grids], ids=lambda s: s.name)
 def test_every_method_that_trains_can_be_searched(suite):
-    trained = [n for n, entry in METHODS.items() if entry.trains and n not in AS_LORA]
+    trained = [n for n, entry in METHODS.items() if entry.trains and n not in FORM_OF]
     assert set(suite.grids) == set(trained)
-    assert {cell.tuning for cell in plan_search(suite, AS_LORA, [0])} == set(suite.grids["lora"])
+    for form, of in FORM_OF.items():
+        assert {each.tuning for each in plan_search(suite, [form], [0])} == set(suite.grids[of])
     for name in trained:
         rates = [tuning.lr for tuning in suite.grids[name]]
         assert len(set(rates)) == len(rates)

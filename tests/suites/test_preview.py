@@ -66,6 +66,11 @@ def test_seven_billion_weights_need_no_memory_to_plan():
     assert found.weights_bytes == pytest.approx(6.74e9 * 2 + 159_907_840 * 4, rel=0.01)
     assert found.optimizer_bytes == 2 * found.gradient_bytes == 8 * found.num_trainable
     quantized = dataclasses.replace(suite, model=dataclasses.replace(suite.model, quantize="4bit"))
+    full, narrow = (estimate(cell(n, suite=suite), Execution()) for n in ("full", "full-bf16"))
+    # Weights in fp32 and their copies in bf16, against bf16 alone.
+    assert full.weights_bytes == pytest.approx(6.74e9 * (4 + 2), rel=0.01)
+    assert full.optimizer_bytes == 2 * full.gradient_bytes == 4 * narrow.gradient_bytes
+    assert narrow.gradient_bytes == 2 * narrow.num_trainable == pytest.approx(narrow.weights_bytes)
     packed = estimate(cell("lora", suite=quantized), Execution())
     # 6.48 G weights in 4 bits, embeddings and head in two bytes, LoRA in four.
     expected = 6.476e9 * 4.127 / 8 + 0.262e9 * 2 + 159_907_840 * 4

@@ -126,8 +126,8 @@ def test_the_notes_tell_where_learning_rates_are_from():
     )
     picked = dataclasses.replace(full, tuning=Tuning(7.0))
     assert notes.rates([lora, picked, like]) == [
-        "Learning rates: lora: the suite's own (--search picks them on dev); lora-bf16: lora's, "
-        "for want of one of their own; full: picked on dev. At an edge of its grid, beyond which a "
+        "Learning rates: lora: the suite's own (--search picks them on dev); full: picked on dev; "
+        "lora-bf16: lora's, for want of one of their own. At an edge of its grid, beyond which a "
         "better one may lie: lora, lora-bf16."
     ]
     assert notes.rates([dataclasses.replace(lora, suite=small_suite(grids={}))]) == []
