@@ -48,18 +48,29 @@ def evaluate(
     if tokenizer is None:
         raise ValueError("a mere shape has no tokenizer, so it cannot be asked any task")
     with _quiet(), _same_random_state(), _same_mode(model):
-        from lm_eval.models.huggingface import HFLM
-
         if any(questions.hub_data(task.name, task_folder) for task in tasks):
             hub.stay_offline_if_unreachable()
-        harness = HFLM(
-            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size
-        )
+        harness = _harness(model, tokenizer, batch_size)
         scores = {}
         for task in tasks:
             begin(task.name)
             scores[task.name] = _ask(harness, task, task_folder, limit, allow_code_execution)
         return scores
+
+
+def _harness(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+    """lm-eval's view of `model`, whose virtual tokens, if it has any, leave less room for others.
+
+    As much as ever where they alone are more than the model has places for.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    config = getattr(model, "active_peft_config", None)
+    if config is not None and config.is_prompt_learning:
+        room = harness.max_length - config.num_virtual_tokens
+        harness._max_length = room if room > 0 else harness.max_length
+    return harness
 
 
 def check(tasks: Sequence[Task], task_folder: str | None) -> None:

@@ -184,7 +184,10 @@ METHODS: dict[str, Entry] = {
     ),
     "miss": Entry("one shared shard of each weight", ADAPTER, _adapter("miss", "MISS", "r")),
     "ia3": Entry(
-        "(IA)3: a factor for each activation", ADAPTER, _adapter("ia3", "IA3"), matched=False
+        "(IA)3: factors of the activations that its paper names",
+        ADAPTER,
+        _adapter("ia3", "IA3", target_modules=None),
+        matched=False,
     ),
     "prefix": Entry(
         "prefix tuning: keys and values of virtual tokens",

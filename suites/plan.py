@@ -111,15 +111,16 @@ def plan(
     seeds: Iterable[int],
     tunings: Mapping[str, Tuning] | None = None,
 ) -> list[Cell]:
-    """Every cell, seeds outermost: a machine that slows down slows all methods alike.
+    """Every cell, seeds outermost, and each seed's methods begin with another one: a machine that
+    slows down slows all methods alike.
 
     `tunings` are the suite's own if None. Raises ValueError for a method that is unknown or that
     has no learning rate.
     """
     tunings = suite.tunings if tunings is None else tunings
     cells = []
-    for seed in seeds:
-        for method in methods:
+    for turn, seed in enumerate(seeds):
+        for method in rotated(methods, turn):
             entry = entry_of(method)
             key = stand_in(method, tunings)
             if entry.trains and key not in tunings:
@@ -161,10 +162,16 @@ def plan_search(suite: Suite, methods: Sequence[str], seeds: Iterable[int]) -> l
         raise ValueError(f"the grids differ in their number of trials: {sizes}")
     return [
         Cell(suite, name, entry_of(name), tuning, seed, "dev")
-        for seed in seeds
-        for name in trained
+        for turn, seed in enumerate(seeds)
+        for name in rotated(trained, turn)
         for tuning in grids[name]
     ]
+
+
+def rotated(names: Sequence[str], turns: int) -> list[str]:
+    """`names` in their order, from the one after the first `turns` on."""
+    start = turns % max(1, len(names))
+    return [*names[start:], *names[:start]]
 
 
 def _lacks(suite: Suite, what: str, method: str, table: Mapping[str, Any]) -> str:

@@ -138,6 +138,13 @@ def test_full_refuses_4_bits(four_bits):
         prepared("full", four_bits())
 
 
+def test_ia3_scales_keys_values_and_what_enters_the_mlps_output():
+    model = prepared("ia3").model
+    names = {n.split(".")[-3] for n, w in model.named_parameters() if w.requires_grad}
+    assert names == {"k_proj", "v_proj", "down_proj"}
+    assert set(model.active_peft_config.feedforward_modules) == {"down_proj"}
+
+
 def test_full_learns_by_steps_that_16_bits_cannot_hold():
     """A rate of 1e-5 is far below half of bfloat16's spacing at most weights."""
     moved = {}

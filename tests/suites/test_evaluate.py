@@ -1,5 +1,6 @@
 """lm-eval in memory: its answers are the model's, its tasks are found, nothing is disturbed."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from suites.evaluate import check, evaluate, flaw
+from suites.catalog import LLAMA_PROJECTIONS
+from suites.evaluate import _harness, check, evaluate, flaw
+from suites.methods import METHODS
 from suites.models import load_model, load_tokenizer
 from suites.record import TaskScore
-from suites.suite import ModelSource, Task
+from suites.suite import Budget, ModelSource, Task
 
 TARGET = Task("world_target", "acc,none", "target")
 RETENTION = Task("world_retention", "acc,none", "retention")
@@ -87,6 +90,15 @@ def test_nothing_is_disturbed(loaded, world_folder, capfd):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert capfd.readouterr().err == ""
     model.eval()
+
+
+@pytest.mark.parametrize(("rank", "num_left"), [(4, 64 - 31), (64, 64)])
+def test_virtual_tokens_leave_less_room_for_questions(loaded, rank, num_left):
+    model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
+    assert _harness(model, tokenizer, 4).max_length == 64
+    budget = Budget(rank, LLAMA_PROJECTIONS)
+    prefix = METHODS["prefix"].load().prepare(model, budget, total_steps=1).model
+    assert _harness(prefix, tokenizer, 4).max_length == num_left
 
 
 def test_the_first_value_that_is_not_finite_is_named():

@@ -18,10 +18,9 @@ def test_seeds_are_outermost():
     assert [(c.seed, c.method) for c in cells] == [
         (0, "base"),
         (0, "lora"),
-        (1, "base"),
         (1, "lora"),
+        (1, "base"),
     ]
-    assert cells[0].tuning is None
 
 
 def test_record_paths():
@@ -66,6 +65,14 @@ def test_cell_hash_ignores_other_methods_and_seeds():
     suite = small_suite()
     tunings = {**suite.tunings, "more": Tuning(1.0)}
     assert cell(suite=dataclasses.replace(suite, tunings=tunings, seeds=(7,))).hash == cell().hash
+
+
+def test_methods_take_turns_in_being_the_first():
+    cells = plan(small_suite(), ["lora", "full", "base"], [5, 6, 7, 8])
+    orders = {seed: "".join(c.method[0] for c in cells if c.seed == seed) for seed in (5, 6, 7, 8)}
+    assert orders == {5: "lfb", 6: "fbl", 7: "blf", 8: "lfb"}
+    trials = plan_search(small_suite(), ["lora", "full"], [0, 1])
+    assert "".join(trial.method[0] for trial in trials) == "llffffll"
 
 
 def test_override_keeps_files_and_hashes_apart():
