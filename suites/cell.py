@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from suites import measure, train, yardstick
+from suites import hub, measure, train, yardstick
 from suites.budget import is_met
 from suites.checkpoint import Checkpoints
 from suites.data import Collator, Examples, load_examples
 from suites.distributed import Rank
 from suites.evaluate import evaluate, flaw
 from suites.methods import Contestant
-from suites.models import load_model, load_tokenizer
+from suites.models import load_model, load_tokenizer, weights_hash
 from suites.plan import Cell, Execution
 from suites.progress import Report
 from suites.provenance import environment
@@ -140,7 +140,21 @@ def _load(work: Work) -> Materials:
         # To torch's types a module's field is a Tensor or a Module.
         vocab_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
         examples = load_examples(suite.data, tokenizer, vocab_size)
+        work.parts["loaded"] = contents(suite, model, examples)
     return Materials(model, tokenizer, examples, Collator.of(tokenizer))
+
+
+def contents(suite: Suite, model: Any, examples: Examples) -> dict[str, str]:
+    """What tells the model and the data from other versions of them, and how attention is done.
+
+    Of a mere shape, whose weights follow the seed, only that.
+    """
+    found = {"attention": str(model.config._attn_implementation)}
+    if not suite.model.shape_only:
+        found |= {"model weights": weights_hash(model), "training data": examples.hash}
+        if commit := hub.cached_commit(suite.model.path):
+            found["model commit"] = commit
+    return found
 
 
 def _train(work: Work, contestant: Contestant, materials: Materials) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,15 @@ class Examples(Sequence[Example]):
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def hash(self) -> str:
+        """Of all tokens, and of which are learnt."""
+        found = hashlib.sha256()
+        for tokens in self.tokens:
+            found.update(tokens.ids.tobytes())
+            found.update(repr(tokens.targets).encode())
+        return found.hexdigest()[:12]
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

@@ -188,7 +188,7 @@ def present(suite: Suite, kept: Sequence[Record], out: Path, against: Path) -> i
     findings, notes = [], []
     try:
         findings = judgement.judge(now, before)
-        notes = [*judgement.notes(findings), *judgement.libraries(now, before)]
+        notes = [*judgement.notes(findings), *judgement.versions(now, before)]
         notes += judgement.machines(now, before)
     except judgement.MixedRecordsError as error:
         problems.append(f"not judged: {error}")

@@ -158,6 +158,16 @@ def is_cached(kind: str, path: str) -> bool:
     return bool(files) or any((prepared / folder).glob("*/*"))
 
 
+def cached_commit(model: str) -> str | None:
+    """The commit of the repository `model` that the hub's cache would give; None of a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(model).exists() or not is_id(model):
+        return None
+    found = try_to_load_from_cache(model, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def whereabouts(path: str) -> dict[str, bool]:
     """What from_pretrained has to be told to find the model `path`, checked before it tries long.
 

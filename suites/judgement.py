@@ -261,8 +261,8 @@ def notes(findings: Sequence[Finding]) -> list[str]:
     return [NOTE, f"NOT JUDGED: {'; '.join(told)}."] if told else [NOTE]
 
 
-def libraries(now: Sequence[Record], before: Sequence[Record]) -> list[str]:
-    """What was made with other versions of libraries, or by another backend."""
+def versions(now: Sequence[Record], before: Sequence[Record]) -> list[str]:
+    """What was made with other versions of libraries, models or data, or by another backend."""
     own, then = (
         report.grouped(used for each in records if each.status == "ok" for used in _used(each))
         for records in (now, before)
@@ -277,6 +277,7 @@ def libraries(now: Sequence[Record], before: Sequence[Record]) -> list[str]:
 
 def _used(record: Record) -> Iterator[tuple[str, str]]:
     yield from given(record.environment).packages.items()
+    yield from record.loaded.items()
     yield f"backend of {record.method_name}", record.backend or "none"
 
 

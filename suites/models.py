@@ -21,6 +21,7 @@ from transformers import (
 from suites.hub import whereabouts
 from suites.shapes import SHAPES
 from suites.sources import ModelSource
+from suites.values import short_hash
 
 #: The format of Tulu's models (github.com/allenai/open-instruct), for tokenizers without a chat
 #: template of their own. A BOS comes from the tokenizer.
@@ -55,6 +56,23 @@ def load_model(source: ModelSource, device: str) -> PreTrainedModel:
     # generate() asks for its own cache; the Trainer would hold one for nothing.
     model.config.use_cache = False
     return model.eval()
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """Of names, shapes, dtypes and values of all parameters: tells two versions of a model apart.
+
+    By torch's XOR of values, as a cryptographic hash of billions of weights takes a minute.
+    """
+
+    def values_of(weight: torch.Tensor) -> int:
+        return int(torch.hash_tensor(weight).view(torch.int64))
+
+    return short_hash(
+        [
+            (name, tuple(weight.shape), str(weight.dtype), values_of(weight.detach()))
+            for name, weight in model.named_parameters()
+        ]
+    )
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:

@@ -56,18 +56,19 @@ def unlike(records: Sequence[Record]) -> list[str]:
     if len(set(decays.values())) > 1:
         named = ", ".join(f"{method} {decay:g}" for method, decay in decays.items())
         notes.append(f"Weight decay: {named}.")
-    notes += libraries(records)
+    notes += versions(records)
     if len(trained) > 1:
         named = "; ".join(f"{dtypes}: {', '.join(methods)}" for dtypes, methods in trained.items())
         notes.append(f"Trained weights are {named}. In 16 bits small updates round to nothing.")
     return notes
 
 
-def libraries(records: Sequence[Record]) -> list[str]:
-    """Those of which the records were made with several versions."""
+def versions(records: Sequence[Record]) -> list[str]:
+    """Libraries, models and data of which the records were made with several versions."""
     used: dict[str, list[tuple[str, str]]] = {}
     for each in records:
-        for name, version in each.environment.packages.items() if each.environment else ():
+        packages = each.environment.packages if each.environment else {}
+        for name, version in (*packages.items(), *each.loaded.items()):
             used.setdefault(name, []).append((version, each.method_name))
     versions = {name: report.grouped(pairs) for name, pairs in used.items()}
     return [

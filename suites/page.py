@@ -13,6 +13,7 @@ import pandas as pd
 
 from suites import report
 from suites.record import Record
+from suites.values import given
 
 STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
@@ -76,13 +77,16 @@ def cells(records: Mapping[str, Record]) -> pd.DataFrame:
 
 
 def versions(records: Iterable[Record]) -> pd.DataFrame:
-    """A row a package: the versions that the records were made with."""
-    known = [record.environment for record in records if record.environment is not None]
-    found = report.grouped(
-        pair for each in known for pair in {"python": each.python, **each.packages}.items()
-    )
-    rows = [{"package": name, "version": ", ".join(each)} for name, each in found.items()]
-    return pd.DataFrame(rows, columns=["package", "version"])
+    """A row for each library, the model and the data: the versions that records were made with."""
+    known = [record for record in records if record.environment is not None]
+    found = report.grouped(pair for each in known for pair in _used(each).items())
+    rows = [{"of": name, "version": ", ".join(each)} for name, each in found.items()]
+    return pd.DataFrame(rows, columns=["of", "version"])
+
+
+def _used(record: Record) -> dict[str, str]:
+    environment = given(record.environment)
+    return {"python": environment.python, **environment.packages, **record.loaded}
 
 
 def link(path: Path, page: Path) -> str:

@@ -48,6 +48,8 @@ class Environment:
     code_hash: str = ""
     #: The CUDA version that torch was built for.
     cuda: str | None = None
+    #: torch's for products of fp32 matrices: "highest", or less where TF32 is allowed.
+    float32_matmul_precision: str = ""
 
     @property
     def hardware(self) -> str:
@@ -80,6 +82,7 @@ def environment(device: str, num_processes: int = 1, first_gpu: int = 0) -> Envi
         num_processes=num_processes,
         code_hash=code_hash(),
         cuda=torch.version.cuda,
+        float32_matmul_precision=torch.get_float32_matmul_precision(),
     )
 
 

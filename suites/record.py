@@ -137,6 +137,8 @@ class Record:
     training: Training = field(default_factory=Training)
     phases: Mapping[str, PhaseCost] = field(default_factory=dict)
     scores: Mapping[str, TaskScore] = field(default_factory=dict)
+    #: What tells the model and the data from other versions of them, see `suites.cell.contents`.
+    loaded: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

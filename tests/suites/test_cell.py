@@ -1,5 +1,6 @@
 """One cell in this process, from the world's files to its record."""
 
+import dataclasses
 import math
 
 import pytest
@@ -53,6 +54,7 @@ def test_the_record_tells_everything(lora, tmp_path):
     score = found.scores["world_target"]
     assert score.value == pytest.approx(sum(score.per_item) / score.num_items)
     assert found.environment.packages["torch"]
+    assert set(found.loaded) == {"attention", "model weights", "training data"}
     record.write(found, tmp_path / "r.json")
     assert record.read(tmp_path / "r.json") == found
 
@@ -79,6 +81,22 @@ def test_the_record_names_the_ops_that_spiel_ran_on(run_small):
     assert found.status == "ok", found.reason
     assert found.backend is not None
     assert set(found.backend.split(", ")) <= {"sampled", "blocked"}
+
+
+def test_methods_load_the_same_and_other_data_are_told(lora, run_small, world_folder, tmp_path):
+    assert run_small("base")[0].loaded == lora[0].loaded
+    lines = (world_folder / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "fewer.jsonl").write_text("".join(lines[1:]))
+    data = dataclasses.replace(small_suite().data, path=str(tmp_path / "fewer.jsonl"))
+    fewer = run_small("base", suite=small_suite(data=data))[0].loaded
+    assert {name for name in fewer if fewer[name] != lora[0].loaded[name]} == {"training data"}
+
+
+def test_a_shapes_random_weights_are_not_told_apart(run_small):
+    suite = dataclasses.replace(catalog.SUITES["footprint_tiny"], world=None)
+    suite = dataclasses.replace(suite, recipe=Recipe(num_steps=2, batch_size=1))
+    found, _ = run_small("lora", suite=suite)
+    assert found.loaded == {"attention": "sdpa"}
 
 
 def test_base_does_not_train(run_small):

@@ -237,11 +237,16 @@ def test_other_libraries_and_backends_are_said():
         environment = dataclasses.replace(ENVIRONMENT, packages=packages)
         return [run("spiel", seed=s, environment=environment, backend=backend) for s in (0, 1)]
 
-    assert judgement.libraries(made("2", "blocked"), made("1", "compiled")) == [
+    assert judgement.versions(made("2", "blocked"), made("1", "compiled")) == [
         "peft: 1 before, 2 now.",
         "backend of spiel: compiled before, blocked now.",
     ]
-    assert judgement.libraries(both(), both()) == []
+    assert judgement.versions(both(), both()) == []
+
+
+def test_other_weights_of_the_model_are_said():
+    before, now = ([run("lora", loaded={"model weights": of})] for of in ("old", "new"))
+    assert judgement.versions(now, before) == ["model weights: old before, new now."]
 
 
 def test_other_items_are_refused(tmp_path, capsys):

@@ -47,6 +47,16 @@ def refusal(kind, text):
     return kind(text, response=SimpleNamespace(headers={}, request=None, status_code=403))
 
 
+def test_the_commit_of_a_cached_model_is_known(offline, caches):
+    assert hub.cached_commit("me/tiny") is None
+    commit, folder = "a" * 40, caches / "models--me--tiny"
+    hub_files.write_model(folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    assert hub.cached_commit("me/tiny") == commit
+    assert hub.cached_commit(str(folder / "snapshots" / commit)) is None
+
+
 @pytest.mark.parametrize("name", ["quickstart", "lab", "footprint", "footprint_tiny"])
 def test_suites_without_the_hub_miss_nothing(offline, name):
     assert missing_from_hub(SUITES[name]) == []

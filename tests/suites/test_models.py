@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from suites.models import TULU_TEMPLATE, load_model, load_tokenizer
+from suites.models import TULU_TEMPLATE, load_model, load_tokenizer, weights_hash
 from suites.shapes import SHAPES
 from suites.sources import ModelSource
 from tests.suites import hub_files
@@ -18,6 +18,18 @@ def test_a_local_folder_is_loaded_in_its_dtype(world_folder, tiny_world, dtype):
     assert model.config.hidden_size == tiny_world.hidden_size
     assert not model.training
     assert model(torch.tensor([[0, 1]])).past_key_values is None
+
+
+def test_the_hash_of_weights_follows_every_value(world_folder):
+    model = load_model(ModelSource(str(world_folder / "model")), "cpu")
+    before = weights_hash(model)
+    weight = model.lm_head.weight
+    with torch.no_grad():
+        kept, weight[0, 0] = weight[0, 0].clone(), 3.0
+        assert weights_hash(model) != before
+        weight[0, 0] = kept
+    assert weights_hash(model) == before
+    assert weights_hash(model.float()) != before
 
 
 def test_a_tokenizer_without_padding_pads_with_eos(world_folder, tmp_path):

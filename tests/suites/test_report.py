@@ -139,9 +139,21 @@ def test_methods_of_several_versions_of_a_library_are_told():
         environment = dataclasses.replace(ENVIRONMENT, packages=packages)
         return finished(cell(method), environment=environment)
 
-    (told,) = notes.libraries([made("lora", "1"), made("full", "1"), made("spiel", "2")])
+    (told,) = notes.versions([made("lora", "1"), made("full", "1"), made("spiel", "2")])
     assert told == "Of peft several versions: 1 for lora, full; 2 for spiel."
-    assert notes.libraries([made("lora", "1"), made("spiel", "1")]) == []
+    assert notes.versions([made("lora", "1"), made("spiel", "1")]) == []
+
+
+def test_methods_that_learned_from_other_data_are_told():
+    loaded = [{"training data": name} for name in ("a", "b")]
+    one, two = (
+        dataclasses.replace(finished(cell(method)), loaded=each)
+        for method, each in zip(("lora", "spiel"), loaded, strict=True)
+    )
+    assert notes.versions([one, two]) == [
+        "Of training data several versions: a for lora; b for spiel."
+    ]
+    assert notes.versions([one, dataclasses.replace(two, loaded={})]) == []
 
 
 def scored(of, **tasks):
