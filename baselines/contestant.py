@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 
 if TYPE_CHECKING:
-    from peft import PeftMixedModel, PeftModel
+    from peft import PeftMixedModel
     from transformers import PreTrainedModel, TrainerCallback
 
 
@@ -85,7 +85,9 @@ def train_in_fp32(model: PreTrainedModel | PeftModel | PeftMixedModel) -> None:
         autocast = torch.autocast(narrow[0].device.type, narrow[0].dtype)
         for weight in narrow:
             weight.data = weight.data.float()
-        model.forward = autocast(model.forward)  # type: ignore[method-assign]
+        # The innermost model, which peft's own generate() goes straight to.
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        inner.forward = autocast(inner.forward)
 
 
 def is_quantised(model: torch.nn.Module) -> bool:

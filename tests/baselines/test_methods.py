@@ -13,7 +13,7 @@ from suites.distributed import Rank
 from suites.methods import METHODS, entry_of
 from suites.plan import Cell, Execution
 from suites.suite import Recipe, Tuning
-from tests.baselines.llama import budget, logits, make_llama, train
+from tests.baselines.llama import BATCH, budget, logits, make_llama, train
 from tests.suites.arena import small_suite
 
 TRAINED = [name for name, entry in METHODS.items() if entry.trains and name != "frozen"]
@@ -65,6 +65,10 @@ def test_it_trains_in_bf16(name):
     }
     losses = train(contestant)
     assert losses[-1] < losses[0]
+    said = contestant.model.generate(
+        input_ids=BATCH["input_ids"], max_new_tokens=2, min_new_tokens=2
+    )
+    assert said.shape == (4, 8)
 
 
 @pytest.mark.parametrize("size", ["r2", "r8", "8000", "0.3"])
