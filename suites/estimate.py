@@ -100,13 +100,12 @@ def meta_model(suite: Suite) -> Any:
 
 @lru_cache(maxsize=1)  # methods leave it as it is
 def _meta_model(source: ModelSource, world: World | None) -> Any:
-    dtype = getattr(torch, source.dtype)
     if world is None:
-        return models.empty_model(models.config_of(source), dtype)
+        return models.empty_model(source)
     from suites import embedded_base, embedded_facts
 
     tokenizer = embedded_base.make_tokenizer(embedded_facts.vocabulary(world))
-    return models.empty_model(embedded_base._config(world, tokenizer), dtype)
+    return models.empty_model(source, embedded_base._config(world, tokenizer))
 
 
 def _held_bytes(model: torch.nn.Module, quantize: str | None) -> float:

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     arguments = parser.parse_args(argv)
     try:
-        suite = choose("suite", arguments.suite, footprint_suites())
+        suite = choose("footprint suite", arguments.suite, measuring())
         methods = parse_methods(arguments.methods, suite)
         names = axes(arguments.vary)
     except ValueError as error:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> Parser:
     parser = Parser(prog="python -m suites.footprints", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("suite", help=f"one of: {', '.join(footprint_suites())}")
+    add("suite", help=f"one of: {', '.join(measuring())}")
     add("--methods", metavar="A,B", default=",".join(METHODS),
         help="methods by name (default: %(default)s)")  # fmt: skip
     add("--vary", metavar="A,B", default=",".join(AXES),
@@ -72,7 +72,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def footprint_suites() -> dict[str, Suite]:
+def measuring() -> dict[str, Suite]:
     """The suites that measure time and memory alone."""
     return {name: suite for name, suite in SUITES.items() if not suite.tasks}
 

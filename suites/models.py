@@ -107,7 +107,7 @@ def random_model(source: ModelSource, device: str) -> PreTrainedModel:
     No weight is ever held in another dtype or place, but for one at a time that is quantised.
     """
     options = _weights(source)
-    model = empty_model(config_of(source), options["dtype"])
+    model = empty_model(source)
     if source.quantize:
         model = _empty_4bit(model, options["quantization_config"])
     _fill(model, model.config.initializer_range, device)
@@ -115,10 +115,16 @@ def random_model(source: ModelSource, device: str) -> PreTrainedModel:
     return model
 
 
-def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model with its weights on the meta device: shapes without values, in no time."""
+def empty_model(source: ModelSource, config: PretrainedConfig | None = None) -> PreTrainedModel:
+    """The model of `source`, or of `config` in its place, with its weights on the meta device:
+    shapes without values, in no time.
+    """
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            config_of(source) if config is None else config,
+            dtype=getattr(torch, source.dtype),
+            trust_remote_code=source.trust_remote_code,
+        )
     model.tie_weights()
     return model
 

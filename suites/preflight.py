@@ -27,13 +27,16 @@ def check_suite(suite: Suite) -> None:
 
 
 def refusals(suite: Suite, cells: Sequence[Cell]) -> dict[str, str]:
-    """Methods of `cells` that cannot have the suite's budget or length of training -> why."""
+    """Methods of `cells` that cannot have the suite's budget or length of training -> why, with
+    the method's name.
+    """
     found = {}
     for cell in {cell.method: cell for cell in cells}.values():
         try:
             size_of(cell, suite)
         except ValueError as error:
-            found[cell.method] = str(error)
+            why = str(error)
+            found[cell.method] = why if why.startswith(cell.method) else f"{cell.method}: {why}"
         except Exception:  # of any class: its cells will tell, and where it comes from
             continue
     return found

@@ -108,7 +108,7 @@ def start(cells: Sequence[Cell], out: Path, way: Execution, searching: bool = Fa
             )
         try:
             if left:
-                runner.run(left, out, way, view)
+                runner.run(left, out, way, view, others_are_done=bool(done))
         except runner.NotReadyError as error:
             view.say(f"error: {error}")
             return BAD_INPUT

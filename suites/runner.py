@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,13 @@ def check_folder(out: Path, cells: Sequence[Cell]) -> None:
                 f"the results folder {out} lies in {folder}, which the suite reads, and whose "
                 "files tell its cells from others; allowed: an --out outside of it"
             )
-    if out.exists() and not out.is_dir():
-        raise NotReadyError(f"the results folder {out} is a file; allowed: a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out) as file:
             file.write(b"\0")
         free_bytes = shutil.disk_usage(out).free
+    except FileExistsError as error:
+        raise NotReadyError(f"the results folder {out} is a file; allowed: a folder") from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise NotReadyError(f"the results folder {out} cannot be written: {reason}") from error
@@ -77,10 +77,13 @@ def finished(cells: Sequence[Cell], out: Path) -> tuple[list[Cell], list[str]]:
     return done, others
 
 
-def run(cells: Sequence[Cell], out: Path, way: Execution, view: Progress) -> None:
+def run(
+    cells: Sequence[Cell], out: Path, way: Execution, view: Progress, others_are_done: bool = False
+) -> None:
     """Runs `cells`, which are of one suite, in order; each leaves a record in `out`.
 
-    Cells that another runner works on are left to it.
+    Cells that another runner works on are left to it. `others_are_done` if these are the rest of
+    more cells.
 
     Raises UnwrittenError when a record cannot be written, NotReadyError when the suite's world
     cannot be made or no cell can succeed, and KeyboardInterrupt when stopped, after its child has
@@ -95,7 +98,11 @@ def run(cells: Sequence[Cell], out: Path, way: Execution, view: Progress) -> Non
     chosen = children.context(out / "logs" / "libraries.log")
     made_up = suite.world
     world = None if made_up is None else _build_world(made_up, out, chosen, view)
-    _check_inputs(cells, world, out, chosen, view)
+    refusals = _refusals(cells, world, out, chosen, view)
+    if not others_are_done and refusals.keys() == {cell.method for cell in cells}:
+        raise NotReadyError("\n".join(refusals.values()))
+    for why in refusals.values():
+        view.say(f"will fail: {why}")
     if any(cell.entry.entry_point.startswith("spiel.") for cell in cells):
         arguments = (suite, out / "logs" / "kernels.log")
         children.run_child(chosen, workers.compile_kernels, [arguments], view.say)
@@ -147,23 +154,21 @@ def _build_world(world: World, out: Path, chosen: children.Context, view: Progre
     return built[0].folder
 
 
-def _check_inputs(
+def _refusals(
     cells: Sequence[Cell], world: Path | None, out: Path, chosen: children.Context, view: Progress
-) -> None:
-    """Raises NotReadyError for what would fail in every cell, and tells what will in some."""
+) -> Mapping[str, str]:
+    """The methods whose cells will fail -> why; NotReadyError for what would fail in every cell."""
     heard: list[messages.Checked] = []
     view.say("checking tasks, data and sizes")
     log = out / "logs" / "inputs.log"
     children.run_child(chosen, workers.check_inputs, [(cells, world, log)], heard.append)
     if not heard:
         view.say(f"tasks, data and sizes could not be checked before training; see {log}")
-        return
+        return {}
     (checked,) = heard
-    told = [f"{name}: {why}" for name, why in checked.refusals.items()]
-    if checked.problem or len(told) == len({cell.method for cell in cells}):
-        raise NotReadyError(checked.problem or "\n".join(told))
-    for line in told:
-        view.say(f"will fail: {line}")
+    if checked.problem:
+        raise NotReadyError(checked.problem)
+    return checked.refusals
 
 
 def _run_one(

@@ -184,7 +184,10 @@ def test_every_contestant_of_the_grid_is_a_method_with_a_rate():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["footprint_tine"], "unknown suite 'footprint_tine'; choose from footprint_tiny"),
+        (
+            ["footprint_tine"],
+            "unknown footprint suite 'footprint_tine'; choose from footprint_tiny",
+        ),
         (["footprint_tiny", "--methods", "lorra"], "unknown method 'lorra'; choose from lora"),
         (["footprint_tiny", "--vary", "budgets"], "unknown axis 'budgets'; choose from budget"),
     ],
@@ -199,4 +202,4 @@ def test_bad_input_is_one_line(arguments, said, capsys):
 def test_suites_with_tasks_are_no_footprints(capsys):
     with pytest.raises(SystemExit):
         footprints.main(["quickstart"])
-    assert "unknown suite 'quickstart'; choose from footprint" in capsys.readouterr().err
+    assert "unknown footprint suite 'quickstart'; choose from footprint" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 """Models by path, by shape and in 4 bits: as they should be, or refused at once by one line."""
 
+import dataclasses
+import json
 import time
 
 import pytest
 import torch
 
-from suites.models import TULU_TEMPLATE, load_model, load_tokenizer, weights_hash
+from suites.models import TULU_TEMPLATE, empty_model, load_model, load_tokenizer, weights_hash
 from suites.shapes import SHAPES
 from suites.sources import ModelSource
 from tests.suites import hub_files
@@ -77,6 +79,24 @@ def test_model_code_is_not_executed_unless_asked(tmp_path):
         load_model(ModelSource(str(folder)), "cpu")
     with pytest.raises(SystemExit, match="executed"):
         load_model(ModelSource(str(folder), trust_remote_code=True), "cpu")
+
+
+def test_model_code_is_executed_for_the_shape_too_if_asked(tmp_path):
+    folder = hub_files.write_model(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    config |= {"model_type": "own", "architectures": ["Model"], "auto_map": names}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'own'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    source = ModelSource(str(folder), trust_remote_code=True)
+    shape = empty_model(source)
+    assert shape.num_parameters() == load_model(source, "cpu").num_parameters()
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        empty_model(dataclasses.replace(source, trust_remote_code=False))
 
 
 @pytest.fixture(scope="module")

@@ -131,6 +131,8 @@ def test_a_file_is_no_results_folder(arena, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert command("--methods", "base", out=tmp_path / "file") == 2
     assert "file is a file; allowed: a folder" in capsys.readouterr().err
+    assert command("--methods", "base", out=tmp_path / ("long" * 100)) == 2
+    assert "cannot be written: File name too long" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("split", ["test", "dev"])
@@ -168,8 +170,8 @@ def test_a_budget_that_no_method_can_have_stops_before_training(arena, tmp_path,
     asked = ("--budget", "50000000", "--steps", "6")
     assert command("--methods", "lora,spiel", *asked, out=tmp_path) == 2
     told = capsys.readouterr().err.splitlines()[-2:]
-    assert told[0].startswith("error: lora: lora cannot have 50000000 weights")
-    assert told[1].startswith("spiel: spiel-ag cannot have 50000000 weights")
+    assert told[0].startswith("error: lora cannot have 50000000 weights")
+    assert told[1].startswith("spiel-ag cannot have 50000000 weights")
     assert not (tmp_path / "records").exists()
 
 
@@ -177,11 +179,25 @@ def test_a_method_that_cannot_have_the_budget_leaves_the_others_alone(arena, tmp
     asked = ("--budget", "50000000", "--seeds", "0")
     assert command("--methods", "base,lora", *asked, out=tmp_path) == 1
     told = capsys.readouterr().err
-    assert "will fail: lora: lora cannot have 50000000 weights" in told
+    assert "will fail: lora cannot have 50000000 weights" in told
     assert {path.name for path in (tmp_path / "records").rglob("*.json")} == {
         "base-50000000-s0.json",
         "lora-50000000-s0.json",
     }
+    capsys.readouterr()
+    assert command("--methods", "base,lora", *asked, out=tmp_path) == 1
+    again = capsys.readouterr()
+    assert "1 of 2 cells are finished and skipped" in again.err
+    assert "│ base" in again.out and "│ lora" in again.out
+
+
+def test_a_search_goes_on_to_the_picks_of_the_methods_that_can_have_the_budget(arena, tmp_path):
+    asked = ("--methods", "full,lora", "--budget", "50000000", "--seeds", "0")
+    assert command(*asked, "--search-only", out=tmp_path) == 1
+    assert command(*asked, "--search", out=tmp_path) == 1
+    records = (tmp_path / "records").rglob("*.json")
+    finals = [path.name for path in records if path.parent.name != "search"]
+    assert [name.partition("-")[0] for name in finals] == ["full"]
 
 
 def test_adapters_are_kept_if_asked_for(arena, tmp_path):
@@ -239,7 +255,7 @@ def test_search_runs_its_picks(arena, tmp_path, capsys):
 
 def test_search_goes_on_without_a_method_whose_trials_are_not_done(arena, tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(runner, "run", lambda cells, *_: ran.extend(cells))
+    monkeypatch.setattr(runner, "run", lambda cells, *_, **__: ran.extend(cells))
     trials = plan_search(small_suite(), ["full", "lora"], [0])
     for each in trials[:-1]:
         record.write(finished(each), each.record_path(tmp_path))
