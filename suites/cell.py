@@ -107,7 +107,8 @@ def begin(
         steps = ", ".join(map(str, checkpoints.passed_over))
         tell(Report(f"passes over checkpoint {steps}: of other code, hardware or libraries"))
     suite = placed(cell.suite, world)
-    artifact = cell.artifact_path(out) if way.keep_artifacts and rank.is_main else None
+    is_kept = way.keep_artifacts and cell.split == "test" and rank.is_main
+    artifact = cell.artifact_path(out) if is_kept else None
     return Work(cell, suite, rank, tell, device, meter, checkpoints, artifact, parts)
 
 

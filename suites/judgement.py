@@ -42,10 +42,9 @@ NOTE = (
     f"and by more than {SCORE_LIMIT:g}; step time, as a ratio to {BASELINE}'s with the same seed, "
     f"or peak memory of training rose by more than {COST_LIMIT:.0%}. Or for certain: a size rose "
     f"by more than {SIZE_LIMIT:.1%}; a cell is not ok that was, or was kept but is no longer run; "
-    "a measure is missing that was there. unsure: the mean is past that limit, and the seeds are "
-    f"too few or differ too much to tell, or there are fewer than {stats.MIN_ITEMS} items. Time "
-    f"and peak are judged on the same hardware alone, by two seeds at least, and {BASELINE}'s time "
-    "not at all."
+    "a measure is missing that was there. unsure: the mean is past that limit, and the seeds or "
+    "items are too few or differ too much to tell. Time and peak are judged on the same hardware "
+    f"alone, by two seeds at least, and {BASELINE}'s time not at all."
 )
 
 
@@ -118,10 +117,10 @@ def _score(method: str, role: str, own: Sequence[Record], then: Sequence[Record]
     differences = report.item_differences(own, then, role)
     found = stats.paired_difference(*differences, confidence=CONFIDENCE)
     verdict = SAME
-    is_told = found.p_value is not None
+    is_sure = found.p_value is not None and found.p_value < 1 - CONFIDENCE
     if found.mean < -SCORE_LIMIT:
-        verdict = WORSE if is_told and found.high < 0 else UNSURE
-    elif is_told and found.low > 0 and found.mean > SCORE_LIMIT:
+        verdict = WORSE if is_sure else UNSURE
+    elif is_sure and found.mean > SCORE_LIMIT:
         verdict = BETTER
     return Finding(method, role, before, now, verdict)
 
@@ -246,7 +245,7 @@ def conclusion(findings: Sequence[Finding]) -> str:
     verdicts = Counter(finding.verdict for finding in findings)
     line = f"{verdicts[WORSE]} of {len(findings)} measures got worse"
     if verdicts[UNSURE]:
-        line += f", {verdicts[UNSURE]} may have: more seeds would tell"
+        line += f", {verdicts[UNSURE]} may have: more seeds or items would tell"
     return line
 
 

@@ -189,19 +189,24 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def artifact_bytes(write_artifact: Callable[[Path], None], keep: Path | None) -> int | None:
-    """Bytes of the files that `write_artifact` leaves in the folder it is given: `keep`, whose
-    former content goes, or one that is removed. None where they could not be written (there is no
-    room), which is no reason to lose a training.
+    """Bytes of the files that `write_artifact` leaves in the folder it is given.
+
+    That becomes `keep`, in place of what was there, or is removed if that is None. None where they
+    could not be written (there is no room), which is no reason to lose a training; then `keep` is
+    as it was.
     """
     try:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = keep or Path(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+        if keep is not None:
+            keep.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=keep and keep.parent, prefix=".") as temporary:
+            folder = Path(temporary, "artifact")
+            folder.mkdir()
             write_artifact(folder)
-            return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            if keep is not None:
+                shutil.rmtree(keep, ignore_errors=True)
+                folder.rename(keep)
+        return num_bytes
     except Exception:  # of the system, torch, or safetensors
         traceback.print_exc()
-        if keep is not None:  # half of it
-            shutil.rmtree(keep, ignore_errors=True)
         return None

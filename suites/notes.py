@@ -14,7 +14,9 @@ from suites.values import given
 
 UNMATCHED = "†"
 SIGNIFICANT = "*"
-TESTS = "two-way bootstrap, and paired t test over seeds"
+TESTS = (
+    f"two-way bootstrap, or below {stats.MIN_ITEMS} items sign test, and paired t test over seeds"
+)
 #: How many times as slow a machine may be at one time as at another before its table warns.
 SPEED_LIMIT = 1.25
 

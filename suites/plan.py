@@ -25,7 +25,7 @@ class Execution:
     save_seconds: float | None = 600.0
     #: Whether finished cells are run again.
     force: bool = False
-    #: Whether what was trained is kept.
+    #: Whether what was trained is kept; never of a search's trials.
     keep_artifacts: bool = False
 
 
@@ -76,7 +76,7 @@ class Cell:
 
     def artifact_path(self, out: Path) -> Path:
         """The folder of what a user would keep of this training, where it is kept."""
-        return out / "artifacts" / safe_name(self.suite.name) / self.name
+        return out / "artifacts" / safe_name(self.suite.name) / f"{self.name}-{self.hash}"
 
     def checkpoints(self, out: Path) -> Path:
         """The folder of the cell's checkpoints, while it is not finished."""

@@ -151,7 +151,7 @@ def compared(own: Sequence[Record], base: Sequence[Record]) -> dict[str, float |
         arrays, weights = ([], []) if is_base else item_differences(own, base, role)
         found = stats.paired_difference(arrays, weights) if arrays else None
         row[name] = found.mean if found else None
-        # Of one seed, or of few items, it would be too narrow.
+        # Of one seed it would be too narrow.
         is_told = found is not None and found.p_value is not None
         for bound in ("low", "high", "p_value"):
             column = f"{name}_{bound.removesuffix('_value')}"

@@ -1,6 +1,7 @@
 """The command: `python -m suites.run quickstart --methods base,full,lora,spiel`.
 
-Exit status: 0 if every cell is ok, 1 if one is not, 2 for bad input, 130 when stopped by Ctrl-C.
+Exit status: 0 if every cell is ok, 1 if one is not, or its artifact not kept as it should be, 2 for
+bad input, 130 when stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -115,7 +116,11 @@ def start(cells: Sequence[Cell], out: Path, way: Execution, searching: bool = Fa
         except runner.UnwrittenError as error:
             view.say(f"stopped: {error}")
             return FAILED
-    return conclude(cells, out, searching)
+        lacking = runner.without_artifact(cells, out) if way.keep_artifacts else []
+        if lacking:
+            names = ", ".join(cell.name for cell in lacking)
+            view.say(f"no artifact was kept of {names}; --force runs finished cells again")
+    return max(conclude(cells, out, searching), FAILED if lacking else 0)
 
 
 def start_at_picks(

@@ -77,6 +77,13 @@ def finished(cells: Sequence[Cell], out: Path) -> tuple[list[Cell], list[str]]:
     return done, others
 
 
+def without_artifact(cells: Sequence[Cell], out: Path) -> list[Cell]:
+    """The finished cells of `cells` of whose training nothing was kept."""
+    done = [cell for cell in cells if cell.entry.trains and cell.split == "test"]
+    done = finished(done, out)[0]
+    return [cell for cell in done if not cell.artifact_path(out).is_dir()]
+
+
 def run(
     cells: Sequence[Cell], out: Path, way: Execution, view: Progress, others_are_done: bool = False
 ) -> None:

@@ -12,8 +12,11 @@ import numpy as np
 NUM_RESAMPLES = 2000
 
 #: Of fewer items the bootstrap is too sure: where seeds agree, of ten items chance gives one
-#: difference in nine a p-value below 0.05.
+#: difference in nine a p-value below 0.05. A sign test takes its place.
 MIN_ITEMS = 30
+
+#: Scores no further apart than this are the same, but for rounding.
+SAME = 1e-9
 
 #: Below this p-value a difference is called significant.
 SIGNIFICANCE = 0.05
@@ -65,13 +68,13 @@ def paired_ratio(
 class Difference:
     """A mean difference, its interval, and the two-sided p-value of there being none.
 
-    The p-value is None for a single seed, which cannot tell how far trainings differ, and for fewer
-    than MIN_ITEMS items.
+    The p-value is None for a single seed, which cannot tell how far trainings differ; the interval
+    is None for fewer than MIN_ITEMS items.
     """
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p_value: float | None
 
 
@@ -89,31 +92,53 @@ def paired_difference(
     A bootstrap knows how far items differ, but is too sure of few seeds: of three that differ more
     than items do, chance gives one difference in four a p-value below 0.05. A paired t test over
     seeds is right about seeds, but sees no items where seeds agree. With one seed the interval is
-    over items alone. Raises ValueError where there is nothing to compare.
+    over items alone. Of fewer than MIN_ITEMS items, as the variance of their mean counts them, the
+    bootstrap is too sure as well, and an exact sign test takes its place. Raises ValueError where
+    there is nothing to compare.
     """
     if not differences or not all(task.size for task in differences):
         raise ValueError("a paired difference needs at least one seed and one item")
     shares = np.ones(len(differences)) if weights is None else np.asarray(weights)
     shares = shares / shares.sum()
-    low, high, p_value = _bootstrap(differences, shares, confidence)
     by_seed = shares @ [task.mean(axis=1) for task in differences]
     found = estimate(by_seed.tolist(), confidence)
-    if found.half_width is not None:
-        low, high = (
-            min(low, found.mean - found.half_width),
-            max(high, found.mean + found.half_width),
-        )
-        p_value = max(p_value, _t_test(by_seed))
-    is_told = found.num > 1 and sum(task.shape[1] for task in differences) >= MIN_ITEMS
-    return Difference(found.mean, low, high, p_value if is_told else None)
+    num_items = 1 / sum(
+        share**2 / task.shape[1] for share, task in zip(shares, differences, strict=True)
+    )
+    if num_items < MIN_ITEMS:
+        p_value = max(_sign_test(differences, found.mean), _t_test(by_seed))
+        return Difference(found.mean, None, None, p_value if found.num > 1 else None)
+    low, high, p_value = _bootstrap(differences, shares, confidence)
+    if found.half_width is None:
+        return Difference(found.mean, low, high, None)
+    return Difference(
+        found.mean,
+        min(low, found.mean - found.half_width),
+        max(high, found.mean + found.half_width),
+        max(p_value, _t_test(by_seed)),
+    )
+
+
+def _sign_test(differences: Sequence[np.ndarray], mean: float) -> float:
+    """Of items being better as often as worse: two-sided, for their being so as `mean` says."""
+    from scipy.stats import binomtest
+
+    signs = np.concatenate([np.sign(task.mean(axis=0)) for task in differences])
+    num_like = np.count_nonzero(signs == np.sign(mean))
+    num_told = np.count_nonzero(signs)
+    if not mean or not num_told:
+        return 1.0
+    return min(1.0, 2 * float(binomtest(num_like, num_told, alternative="greater").pvalue))
 
 
 def _t_test(values: np.ndarray) -> float:
-    """The two-sided p-value of their mean being 0, by Student's t; values must be two at least."""
+    """The two-sided p-value of their mean being 0, by Student's t; of one it tells nothing."""
     from scipy.stats import ttest_1samp
 
-    if values.min() == values.max():  # no spread: the t statistic is 0 / 0 or infinite
-        return 0.0 if values[0] else 1.0
+    if len(values) < 2:
+        return 1.0
+    if np.ptp(values) < SAME:  # no spread: the t statistic is 0 / 0 or infinite
+        return 0.0 if abs(values[0]) > SAME else 1.0
     return float(ttest_1samp(values, 0.0).pvalue)
 
 

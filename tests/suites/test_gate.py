@@ -83,17 +83,17 @@ def test_one_measure_changed(change, measure, verdict):
 
 
 def test_a_group_is_judged_as_its_value_is_made():
-    """Half of the small subtask was lost, which is a quarter of the value and 2 % of the items."""
+    """Half of the small subtask was lost, which is a quarter of the value and 4 % of the items."""
 
     def with_group(each, few, many):
-        values = {"value": (few / 4 + many / 196) / 2, "num_items": 200, "weighs_by_size": False}
-        items = (*[1.0] * few, *[0.0] * (4 - few), *[1.0] * many, *[0.0] * (196 - many))
-        parts = {"per_item": items, "doc_ids": tuple(range(200)), "subtasks": {"a": 4, "b": 196}}
+        values = {"value": (few / 40 + many / 460) / 2, "num_items": 500, "weighs_by_size": False}
+        items = (*[1.0] * few, *[0.0] * (40 - few), *[1.0] * many, *[0.0] * (460 - many))
+        parts = {"per_item": items, "doc_ids": tuple(range(500)), "subtasks": {"a": 40, "b": 460}}
         target = dataclasses.replace(each.scores["t"], **values, **parts)
         return dataclasses.replace(each, scores={**each.scores, "t": target})
 
-    before = [with_group(each, 4, 100) for each in both()]
-    now = [with_group(each, 0, 106) for each in both()]  # two more are right
+    before = [with_group(each, 40, 100) for each in both()]
+    now = [with_group(each, 20, 122) for each in both()]  # two more are right
     assert verdicts(now, before)["spiel", "target"] == WORSE
 
 
@@ -223,6 +223,23 @@ def test_costs_of_other_hardware_are_not_judged():
     costs = ("step time x lora", "train peak MiB", "saved for backward MiB")
     assert {found["spiel", measure] for measure in costs} == {UNJUDGED}
     assert WORSE not in found.values()
+
+
+def test_a_collapse_on_few_items_is_worse_and_a_slip_is_not():
+    def few(each):
+        score = each.scores["t"]
+        cut = dataclasses.replace(
+            score, per_item=score.per_item[:20], doc_ids=score.doc_ids[:20], num_items=20
+        )
+        return dataclasses.replace(each, scores={**each.scores, "t": cut})
+
+    def judged(num_right):
+        now = [few(run(m, num_right, seed=s)) for m in ("lora", "spiel") for s in (0, 1, 2)]
+        before = [few(run(m, 20, seed=s)) for m in ("lora", "spiel") for s in (0, 1, 2)]
+        return verdicts(now, before)["spiel", "target"]
+
+    assert judged(0) == WORSE
+    assert judged(18) == UNSURE
 
 
 def test_one_seed_is_never_sure_of_accuracy():

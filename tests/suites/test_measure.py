@@ -76,7 +76,11 @@ def test_an_artifact_that_there_is_no_room_for_is_not_measured(tmp_path):
     assert measure.artifact_bytes(write, None) is None
     kept = tmp_path / "kept"
     assert measure.artifact_bytes(write, kept) is None
-    assert not kept.exists()
+    assert not any(tmp_path.iterdir())
+    kept.mkdir()
+    (kept / "former").write_bytes(b"1")
+    assert measure.artifact_bytes(write, kept) is None
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept", "former"]
 
 
 def test_artifact_bytes_counts_every_file(tmp_path):

@@ -194,19 +194,23 @@ def test_a_method_that_cannot_have_the_budget_leaves_the_others_alone(arena, tmp
 def test_a_search_goes_on_to_the_picks_of_the_methods_that_can_have_the_budget(arena, tmp_path):
     asked = ("--methods", "full,lora", "--budget", "50000000", "--seeds", "0")
     assert command(*asked, "--search-only", out=tmp_path) == 1
-    assert command(*asked, "--search", out=tmp_path) == 1
+    assert command(*asked, "--search", "--keep-artifacts", out=tmp_path) == 1
     records = (tmp_path / "records").rglob("*.json")
     finals = [path.name for path in records if path.parent.name != "search"]
     assert [name.partition("-")[0] for name in finals] == ["full"]
+    assert len(list((tmp_path / "artifacts" / "small-budget-50000000").iterdir())) == 1
 
 
-def test_adapters_are_kept_if_asked_for(arena, tmp_path):
+def test_adapters_are_kept_if_asked_for(arena, tmp_path, capsys):
     few = ("--methods", "lora", "--seeds", "0")
     assert command(*few, out=tmp_path) == 0
     assert not (tmp_path / "artifacts").exists()
+    capsys.readouterr()
+    assert command(*few, "--keep-artifacts", out=tmp_path) == 1
+    assert "no artifact was kept of lora-r2-s0; --force runs" in capsys.readouterr().err
     assert command(*few, "--keep-artifacts", "--force", out=tmp_path) == 0
-    kept = tmp_path / "artifacts" / "small" / "lora-r2-s0"
-    size = record.read(next((tmp_path / "records").rglob("*.json"))).size
+    found = record.read(next((tmp_path / "records").rglob("*.json")))
+    kept, size = tmp_path / "artifacts" / "small" / f"lora-r2-s0-{found.cell_hash}", found.size
     assert size.artifact_bytes == sum(each.stat().st_size for each in kept.iterdir())
     assert (kept / "adapter_model.safetensors").exists()
 

@@ -89,10 +89,35 @@ def test_seeds_that_agree_leave_it_to_the_items():
     assert paired_difference([np.ones((3, 40))]).p_value < 0.05
 
 
-def test_few_items_have_no_p_value():
+def test_few_items_are_judged_by_their_signs():
     """By simulation: of five that happen to be alike a bootstrap is far too sure."""
-    assert paired_difference([np.ones((3, stats.MIN_ITEMS - 1))]).p_value is None
-    assert paired_difference([np.ones((3, 20)), np.ones((3, 20))]).p_value is not None
+    alike = paired_difference([np.ones((3, 20))])
+    assert alike == stats.Difference(1.0, None, None, pytest.approx(2 * 0.5**20))
+    assert paired_difference([-np.ones((3, 5))]).p_value == pytest.approx(2 * 0.5**5)
+    assert paired_difference([np.ones((1, 20))]).p_value is None
+    assert paired_difference([np.zeros((3, 20))]).p_value == 1.0
+    mixed = np.where(np.arange(20) < 6, -1.0, 1.0) * np.ones((3, 1))
+    assert paired_difference([mixed]).p_value > 0.05
+    # The mean says one thing and most items another.
+    assert paired_difference([np.where(np.arange(20) < 2, 10.0, -1.0) * np.ones((3, 1))]).mean > 0
+    assert (
+        paired_difference([np.where(np.arange(20) < 2, 10.0, -1.0) * np.ones((3, 1))]).p_value == 1
+    )
+    seeds_differ = np.array([[1.0], [1.0], [-1.0]]) * np.ones(20)
+    assert paired_difference([seeds_differ]).p_value > 0.05
+
+
+def test_a_task_of_few_items_is_not_outvoted_by_one_of_many():
+    """Half of the mean rests on five items: as uncertain as twenty of one task."""
+    assert paired_difference([np.ones((3, 5)), np.ones((3, 95))]).low is None
+    assert paired_difference([np.ones((3, 20)), np.ones((3, 20))]).low == 1.0
+    assert paired_difference([np.ones((3, 5)), np.ones((3, 95))], [0.05, 0.95]).low == 1.0
+
+
+def test_rounding_is_no_spread():
+    values = np.full((3, 40), 0.1) + np.array([[0.0], [1e-17], [2e-17]])
+    assert paired_difference([values]).p_value < 0.05
+    assert paired_difference([1e-12 * np.ones((3, 40))]).p_value == 1.0
 
 
 def test_one_seed_has_an_interval_of_items_and_no_p_value():
@@ -102,12 +127,12 @@ def test_one_seed_has_an_interval_of_items_and_no_p_value():
 
 
 def test_tasks_count_alike_whatever_their_size():
-    found = paired_difference([np.ones((2, 10)), np.zeros((2, 1000))])
+    found = paired_difference([np.ones((2, 20)), np.zeros((2, 1000))])
     assert found.mean == 0.5
 
 
 def test_weights_decide_how_tasks_count():
-    arrays = [np.ones((2, 10)), np.zeros((2, 1000)), np.full((2, 5), -1.0)]
+    arrays = [np.ones((2, 50)), np.zeros((2, 1000)), np.full((2, 40), -1.0)]
     found = paired_difference(arrays, [0.5, 0.5, 1.0])
     assert (found.mean, found.low, found.high) == pytest.approx((-0.25, -0.25, -0.25))
 
