@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import logging
 import math
@@ -50,27 +51,14 @@ def evaluate(
     with _quiet(), _same_random_state(), _same_mode(model):
         if any(questions.hub_data(task.name, task_folder) for task in tasks):
             hub.stay_offline_if_unreachable()
-        harness = _harness(model, tokenizer, batch_size)
+        from suites.harness import Harness
+
+        harness = Harness(model, tokenizer, batch_size)
         scores = {}
         for task in tasks:
             begin(task.name)
             scores[task.name] = _ask(harness, task, task_folder, limit, allow_code_execution)
         return scores
-
-
-def _harness(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
-    """lm-eval's view of `model`, whose virtual tokens, if it has any, leave less room for others.
-
-    As much as ever where they alone are more than the model has places for.
-    """
-    from lm_eval.models.huggingface import HFLM
-
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-    config = getattr(model, "active_peft_config", None)
-    if config is not None and config.is_prompt_learning:
-        room = harness.max_length - config.num_virtual_tokens
-        harness._max_length = room if room > 0 else harness.max_length
-    return harness
 
 
 def check(tasks: Sequence[Task], task_folder: str | None) -> None:
@@ -116,7 +104,8 @@ def _ask(
     """One task by itself, so that what is set for it is set for no other."""
     from lm_eval import evaluate as run_tasks
 
-    with _code_execution(task, allow_code):
+    with _code_execution(task, allow_code), _seeded():
+        num_cut = harness.num_cut
         loaded = questions.load(task, task_folder)
         results = run_tasks(
             harness,
@@ -129,8 +118,10 @@ def _ask(
         )
     parts = {name: _score(name, task, results) for name in loaded}
     if list(parts) == [task.name]:
-        return parts[task.name]
-    return _pooled(task, parts, questions.weighs_by_size(task, task_folder))
+        score = parts[task.name]
+    else:
+        score = _pooled(task, parts, questions.weighs_by_size(task, task_folder))
+    return dataclasses.replace(score, num_cut=harness.num_cut - num_cut)
 
 
 def _score(name: str, task: Task, results: Mapping[str, Any]) -> TaskScore:
@@ -213,6 +204,16 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """Random numbers as lm-eval's own command seeds them: some tasks shuffle their answers."""
+    with _same_random_state():
+        random.seed(0)
+        np.random.seed(1234)
+        torch.manual_seed(1234)
+        yield
 
 
 @contextlib.contextmanager

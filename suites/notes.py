@@ -35,12 +35,12 @@ def footnotes(frame: pd.DataFrame, records: Sequence[Record]) -> list[str]:
     if frame[[f"{role}_minus_{report.BASELINE}" for role in ROLES]].notna().any(axis=None):
         notes.append(
             f"vs {report.BASELINE}: target / retention above {report.BASELINE}'s, paired by item "
-            f"and seed; {SIGNIFICANT} p < {stats.SIGNIFICANCE:g} ({TESTS}), not corrected for the "
-            "number of comparisons."
+            f"and by the seeds that both have; {SIGNIFICANT} p < {stats.SIGNIFICANCE:g} ({TESTS}), "
+            "not corrected for the number of comparisons."
         )
     if (frame["num_ok"] == 1).any():
         notes.append("One seed has no interval; use several before any claim.")
-    notes += [*unlike(records), *data(records), *machine(records)]
+    notes += [*unlike(records), *data(records), *prompts(records), *machine(records)]
     for row in frame.to_dict("records"):
         notes += [f"{row['method']}: {failure}" for failure in row["failures"]]
     return notes
@@ -88,11 +88,28 @@ def data(records: Sequence[Record]) -> list[str]:
     if not done or not (done[0].num_dropped or done[0].num_truncated):
         return []
     kept, num_dropped, num_cut = done[0].num_examples, done[0].num_dropped, done[0].num_truncated
-    cut = f", and {num_cut:,} were cut there" if num_cut else ""
-    return [
-        f"Training data: {num_dropped:,} of {kept + num_dropped:,} rows were dropped, as they have "
-        f"no completion or assistant's turn within the limit of length{cut}."
-    ]
+    told = []
+    if num_dropped:
+        told.append(
+            f"{num_dropped:,} were dropped, as they are too long or nothing is to be learnt within "
+            "the limit of length"
+        )
+    if num_cut:
+        told.append(f"{num_cut:,} were cut at {'that limit' if told else 'the limit of length'}")
+    return [f"Training data: of {kept + num_dropped:,} rows {', and '.join(told)}."]
+
+
+def prompts(records: Sequence[Record]) -> list[str]:
+    """How many prompts of which tasks had no room in the model, if any."""
+    cut = report.grouped(
+        (f"{score.num_cut:,} of {task}", each.method_name)
+        for each in records
+        for task, score in each.scores.items()
+        if score.num_cut
+    )
+    told = [f"{what} ({', '.join(methods)})" for what, methods in cut.items()]
+    begin = "Prompts that lost their beginning, as the model has no room for all of them"
+    return [f"{begin}: {'; '.join(told)}."] if told else []
 
 
 def rates(cells: Sequence[Cell]) -> list[str]:

@@ -177,19 +177,23 @@ def item_differences(
     if len({frozenset(record.scores) for pair in pairs for record in pair}) > 1:
         raise MixedRecordsError("records of different tasks do not share a table")
     for name in [name for name, score in pairs[0][0].scores.items() if score.role == role]:
-        scores = [(a.scores[name], b.scores[name]) for a, b in pairs]
-        whole = np.stack([_difference(a, b) for a, b in scores])
-        parts = np.split(whole, _ends(scores[0][0]), axis=1)
+        whole = np.stack([_difference(name, a, b) for a, b in pairs])
+        parts = np.split(whole, _ends(pairs[0][0].scores[name]), axis=1)
         arrays += parts
         weights += [1 / len(parts)] * len(parts)
     return arrays, weights
 
 
-def _difference(own: TaskScore, base: TaskScore) -> np.ndarray:
+def _difference(task: str, one: Record, other: Record) -> np.ndarray:
+    own, base = one.scores[task], other.scores[task]
     known = own.items_hash and base.items_hash
     is_other = own.doc_ids != base.doc_ids or own.subtasks != base.subtasks
     if is_other or (known and own.items_hash != base.items_hash):
-        raise MixedRecordsError("records of different test items do not share a table")
+        raise MixedRecordsError(
+            f"records of different test items do not share a table ({task}: {one.method_name} "
+            f"seed {one.seed} of {one.started_at}, {other.method_name} seed {other.seed} of "
+            f"{other.started_at})"
+        )
     return np.subtract(own.per_item, base.per_item)
 
 

@@ -6,13 +6,16 @@ import json
 import math
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from suites.catalog import LLAMA_PROJECTIONS
-from suites.evaluate import _harness, check, evaluate, flaw
+from suites.evaluate import check, evaluate, flaw
+from suites.harness import Harness
 from suites.methods import METHODS
 from suites.models import load_model, load_tokenizer
 from suites.record import TaskScore
@@ -95,10 +98,69 @@ def test_nothing_is_disturbed(loaded, world_folder, capfd):
 @pytest.mark.parametrize(("rank", "num_left"), [(4, 64 - 31), (64, 64)])
 def test_virtual_tokens_leave_less_room_for_questions(loaded, rank, num_left):
     model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
-    assert _harness(model, tokenizer, 4).max_length == 64
+    assert Harness(model, tokenizer, 4).max_length == 64
     budget = Budget(rank, LLAMA_PROJECTIONS)
     prefix = METHODS["prefix"].load().prepare(model, budget, total_steps=1).model
-    assert _harness(prefix, tokenizer, 4).max_length == num_left
+    assert Harness(prefix, tokenizer, 4).max_length == num_left
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """Writes a task of three questions about two tokens each; returns the folder."""
+
+    def write(name, **changes):
+        (tmp_path / "rows.jsonl").write_text(
+            "".join(json.dumps({"n": n, "choices": ["a", "b", "c", "d"]}) + "\n" for n in range(3))
+        )
+        config = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{n}}",
+            "doc_to_choice": "choices",
+            "doc_to_target": 0,
+            "metric_list": [{"metric": "acc"}],
+            **changes,
+        }
+        (tmp_path / f"{name}.yaml").write_text(yaml.dump(config))
+        return str(tmp_path)
+
+    return write
+
+
+def test_prompts_without_room_are_counted(loaded, tasks):
+    model, tokenizer = loaded
+    word = tokenizer.convert_ids_to_tokens(5)
+    long = f"{{% if n < 2 %}}{' '.join([word] * 70)}{{% endif %}} {word}"
+    folder = tasks("long", doc_to_text=long)
+    ask = Task("long", "acc,none", "target")
+    assert evaluate(model, tokenizer, [ask], folder, 4)["long"].num_cut == 2 * 4
+    said = {"output_type": "generate_until", "generation_kwargs": {"max_gen_toks": 2}}
+    metric = {"metric_list": [{"metric": "exact_match"}], "doc_to_choice": None}
+    folder = tasks("said", doc_to_text=long, doc_to_target="a", **said, **metric)
+    ask = Task("said", "exact_match,none", "target")
+    assert evaluate(model, tokenizer, [ask], folder, 4)["said"].num_cut == 2
+
+
+def test_tasks_that_shuffle_ask_the_same_of_every_model(loaded, tasks):
+    folder = tasks("shuffled", process_docs="!function own.shuffled")
+    text = (Path(folder) / "shuffled.yaml").read_text()
+    (Path(folder) / "shuffled.yaml").write_text(
+        text.replace("'!function own.shuffled'", "!function own.shuffled")
+    )
+    (Path(folder) / "own.py").write_text(
+        "import random\n"
+        "def shuffled(rows):\n"
+        "    mixed = [{**row, 'choices': random.sample(row['choices'], 4)} for row in rows]\n"
+        "    return type(rows).from_list(mixed)\n"
+    )
+    ask, hashes = Task("shuffled", "acc,none", "target"), set()
+    for seed in range(3):
+        random.seed(seed)
+        hashes.add(evaluate(*loaded, [ask], folder, 4)["shuffled"].items_hash)
+    assert len(hashes) == 1
 
 
 def test_the_first_value_that_is_not_finite_is_named():

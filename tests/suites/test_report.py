@@ -115,8 +115,24 @@ def test_the_notes_name_what_the_columns_do_not_show():
     decayed = [made("lora", "float32"), made("spiel", "float32", weight_decay=30.0)]
     assert notes.unlike(decayed) == ["Weight decay: lora 0, spiel 30."]
     (note,) = notes.data([made("lora", "float32", dropped=30)])
-    assert "30 of 40 rows were dropped" in note and "4 were cut there" in note
+    assert "of 40 rows 30 were dropped" in note and "4 were cut at that limit" in note
+    assert notes.data([made("lora", "float32")]) == [
+        "Training data: of 10 rows 4 were cut at the limit of length."
+    ]
     assert set(notes.unlike(decayed)) < set(notes.footnotes(report.frame(decayed), decayed))
+
+
+def test_cut_prompts_are_told():
+    def made(method, num_cut):
+        found = finished(cell(method))
+        scores = {"t": dataclasses.replace(found.scores["t"], num_cut=num_cut)}
+        return dataclasses.replace(found, scores={**found.scores, **scores})
+
+    assert notes.prompts([made("lora", 0), made("spiel", 0)]) == []
+    assert notes.prompts([made("lora", 3), made("spiel", 3), made("prefix", 1200)]) == [
+        "Prompts that lost their beginning, as the model has no room for all of them: 3 of t "
+        "(lora, spiel); 1,200 of t (prefix)."
+    ]
 
 
 def test_the_notes_tell_where_learning_rates_are_from():
