@@ -161,16 +161,17 @@ def stale(now: Sequence[Record], out: Path) -> list[str]:
     """A line if records were made by other code than what is judged; what is not known is passed
     over.
     """
-    from suites.provenance import git_revision
+    from suites.provenance import code_hash, git_revision
 
-    here = git_revision()
-    made = {each.environment.git_revision for each in now if each.environment}
-    others = sorted(each[:12] for each in made if each and each != here)
-    if not here or not others:
+    made = [each.environment for each in now if each.environment and each.environment.code_hash]
+    others = {each.git_revision or "unknown" for each in made if each.code_hash != code_hash()}
+    if not others:
         return []
+    found = ", ".join(sorted(each[:12] for each in others))
     return [
-        f"{out} has results of revision {', '.join(others)}, and the code here is of {here[:12]}: "
-        "run them again with --force"
+        f"{out} has results by other code than there is here (theirs was of revision {found}, this "
+        f"is of {(git_revision() or 'unknown')[:12]}, or either was changed since): run them again "
+        "with --force"
     ]
 
 

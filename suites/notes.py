@@ -66,20 +66,36 @@ def unlike(records: Sequence[Record]) -> list[str]:
 
 
 def versions(records: Sequence[Record]) -> list[str]:
-    """Libraries, models and data of which the records were made with several versions."""
-    used: dict[str, list[tuple[str, str]]] = {}
+    """Code, libraries, attention and the like of which the records were made with several kinds."""
+    used: dict[str, list[tuple[str, Record]]] = {}
     for each in records:
-        packages = each.environment.packages if each.environment else {}
-        for name, version in (*packages.items(), *each.loaded.items()):
-            used.setdefault(name, []).append((version, each.method_name))
-    versions = {name: report.grouped(pairs) for name, pairs in used.items()}
+        for name, version in made_with(each).items():
+            used.setdefault(name, []).append((version, each))
     return [
-        f"Of {name} several versions: "
-        + "; ".join(f"{version} for {', '.join(methods)}" for version, methods in found.items())
-        + "."
-        for name, found in versions.items()
-        if len(found) > 1
+        f"Of {name} several versions: {'; '.join(told)}."
+        for name, pairs in used.items()
+        if len(told := _by_version(pairs)) > 1
     ]
+
+
+def made_with(record: Record) -> dict[str, str]:
+    """Name -> version or kind, of what a record's numbers may hang on."""
+    if record.environment is None:
+        return {}
+    environment = record.environment
+    code = environment.code_hash or environment.git_revision or "unknown"
+    packages = {"python": environment.python, **environment.packages}
+    return {"code": code[:12], **packages, **environment.numerics, **record.loaded}
+
+
+def _by_version(pairs: Sequence[tuple[str, Record]]) -> list[str]:
+    """`1 for lora, full`; the seeds too of methods that have several."""
+    versions = report.grouped((each.method_name, version) for version, each in pairs)
+    names = report.grouped(
+        (version, each.method_name + f" seed {each.seed}" * (len(versions[each.method_name]) > 1))
+        for version, each in pairs
+    )
+    return [f"{version} for {', '.join(methods)}" for version, methods in names.items()]
 
 
 def data(records: Sequence[Record]) -> list[str]:
@@ -177,7 +193,7 @@ def where(record: Record) -> str:
     """The machine, and the revision of the code that the record was made with."""
     environment = given(record.environment)
     revision = (environment.git_revision or "unknown")[:12]
-    changed = ", changed" if environment.git_dirty else ""
+    changed = f", changed (code {environment.code_hash[:7]})" if environment.git_dirty else ""
     return f"{environment.hardware}; revision {revision}{changed}."
 
 

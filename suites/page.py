@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from suites import notes as footnotes
 from suites import report
 from suites.record import Record
-from suites.values import given
 
 STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
@@ -67,6 +67,7 @@ def cells(records: Mapping[str, Record]) -> pd.DataFrame:
             "seed": str(record.seed),
             "status": f"{record.status}: {record.reason}" if record.reason else record.status,
             "lr": f"{record.tuning['lr']:g}" if record.tuning else "-",
+            "decay": f"{record.tuning['weight_decay']:g}" if record.tuning else "-",
             **{task: f"{scores[task].value:.4f}" if task in scores else "-" for task in tasks},
             "ms/step": "-" if seconds is None else f"{seconds * 1000:.1f}",
             "ended": record.ended_at,
@@ -77,16 +78,10 @@ def cells(records: Mapping[str, Record]) -> pd.DataFrame:
 
 
 def versions(records: Iterable[Record]) -> pd.DataFrame:
-    """A row for each library, the model and the data: the versions that records were made with."""
-    known = [record for record in records if record.environment is not None]
-    found = report.grouped(pair for each in known for pair in _used(each).items())
+    """A row for code, libraries, model and data: the versions that records were made with."""
+    found = report.grouped(pair for each in records for pair in footnotes.made_with(each).items())
     rows = [{"of": name, "version": ", ".join(each)} for name, each in found.items()]
     return pd.DataFrame(rows, columns=["of", "version"])
-
-
-def _used(record: Record) -> dict[str, str]:
-    environment = given(record.environment)
-    return {"python": environment.python, **environment.packages, **record.loaded}
 
 
 def link(path: Path, page: Path) -> str:

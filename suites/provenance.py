@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -27,12 +27,26 @@ PACKAGES = (
 )
 
 
+#: The packages of the product.
+CODE = ("spiel", "baselines", "suites")
+
+#: Variables of the environment by which libraries compute otherwise.
+VARIABLES = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "MKL_CBWR",
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+
+
 @dataclass(frozen=True)
 class Environment:
     """The machine and the software that a record was made with."""
 
     git_revision: str | None
-    #: Whether tracked files differed from that revision.
+    #: Whether tracked files differed from that revision, or code lay beside them that is in none.
     git_dirty: bool | None
     packages: dict[str, str]
     python: str
@@ -48,8 +62,8 @@ class Environment:
     code_hash: str = ""
     #: The CUDA version that torch was built for.
     cuda: str | None = None
-    #: torch's for products of fp32 matrices: "highest", or less where TF32 is allowed.
-    float32_matmul_precision: str = ""
+    #: What else decides the last digits, see `numerics`.
+    numerics: dict[str, str] = field(default_factory=dict)
 
     @property
     def hardware(self) -> str:
@@ -67,10 +81,11 @@ def environment(device: str, num_processes: int = 1, first_gpu: int = 0) -> Envi
 
     revision = git_revision()
     changes = _git("status", "--porcelain", "--untracked-files=no")
+    unknown = _git("status", "--porcelain", "--", *(f":/{package}" for package in CODE))
     num_gpus = num_processes if device.startswith("cuda") else 0
     return Environment(
         git_revision=revision,
-        git_dirty=None if revision is None or changes is None else bool(changes),
+        git_dirty=None if revision is None or changes is None else bool(changes or unknown),
         packages=package_versions(),
         python=platform.python_version(),
         platform=platform.platform(),
@@ -82,8 +97,23 @@ def environment(device: str, num_processes: int = 1, first_gpu: int = 0) -> Envi
         num_processes=num_processes,
         code_hash=code_hash(),
         cuda=torch.version.cuda,
-        float32_matmul_precision=torch.get_float32_matmul_precision(),
+        numerics=numerics(),
     )
+
+
+def numerics() -> dict[str, str]:
+    """Torch's switches and the variables of the environment that change how it rounds."""
+    import torch
+
+    cudnn = torch.backends.cudnn
+    return {
+        "fp32 products": torch.get_float32_matmul_precision(),
+        "TF32 in cuDNN": str(cudnn.allow_tf32),
+        "cuDNN": str(cudnn.version() if cudnn.is_available() else None),
+        "deterministic algorithms": str(torch.are_deterministic_algorithms_enabled()),
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),
+        **{name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
 
 
 def git_revision() -> str | None:
@@ -95,7 +125,7 @@ def git_revision() -> str | None:
 def code_hash() -> str:
     """Of all Python files of the product: what tells a checkpoint by other code."""
     root, found = Path(__file__).parents[1], hashlib.sha256()
-    for package in ("spiel", "baselines", "suites"):
+    for package in CODE:
         for path in sorted((root / package).rglob("*.py")):
             if path.is_file():  # an editor's lock is a link that leads nowhere
                 found.update(path.read_bytes())

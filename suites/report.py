@@ -25,11 +25,20 @@ class MixedRecordsError(ValueError):
 
 
 def require_comparable(records: Sequence[Record]) -> None:
-    """Raises MixedRecordsError unless all are of one suite hash, world and hardware."""
+    """Raises MixedRecordsError unless all are of one suite hash, world and hardware, learned the
+    same from the same model, and each method's trained as many weights.
+    """
     require_one("suite hash", records, lambda record: record.suite_hash)
     measured = [record for record in records if record.status == "ok"]
     require_one("embedded world", measured, lambda record: record.world)
     require_one("hardware", measured, hardware)
+    for name in ("model weights", "training data"):
+        known = [record for record in measured if name in record.loaded]
+        require_one(name, known, lambda record, name=name: record.loaded[name])  # type: ignore[misc]
+    sized = [record for record in measured if record.size is not None]
+    for method in dict.fromkeys(record.method_name for record in sized):
+        own = [record for record in sized if record.method_name == method]
+        require_one("numbers of trained weights", own, lambda each: given(each.size).num_trainable)
 
 
 def hardware(record: Record) -> str:
@@ -132,7 +141,7 @@ def _quality(ok: Sequence[Record]) -> dict[str, Any]:
             "num_trainable": size.num_trainable,
             "trainable_percent": 100 * size.num_trainable / size.num_weights,
             "num_asked": size.num_asked,
-            "matched": all(given(record.size).matched for record in ok),
+            "matched": size.matched,
             "lr": tuning.get("lr"),
             "weight_decay": tuning.get("weight_decay"),
             "backend": ok[0].backend,

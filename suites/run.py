@@ -107,6 +107,10 @@ def start(cells: Sequence[Cell], out: Path, way: Execution, searching: bool = Fa
             view.say(
                 f"{len(done)} of {len(cells)} cells are finished and skipped (--force runs them)"
             )
+        older = runner.of_other_code(done, out) if left else []
+        if older:
+            names = ", ".join(cell.name for cell in older)
+            view.say(f"finished by other code than there is now, and in the same table: {names}")
         try:
             if left:
                 runner.run(left, out, way, view, others_are_done=bool(done))

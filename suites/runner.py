@@ -73,8 +73,20 @@ def finished(cells: Sequence[Cell], out: Path) -> tuple[list[Cell], list[str]]:
             if record.finishes(found, cell):
                 done.append(cell)
             elif found.status == "ok":
-                others.append(f"{path}: of other settings, code, data or libraries")
+                others.append(f"{path}: of other settings, data or embedded world")
     return done, others
+
+
+def of_other_code(cells: Sequence[Cell], out: Path) -> list[Cell]:
+    """Those of the finished `cells` that were made by other code than there is now."""
+    from suites.provenance import code_hash
+
+    here, others = code_hash(), []
+    for cell in cells:
+        environment = record.read(cell.record_path(out)).environment
+        if environment is not None and environment.code_hash not in ("", here):
+            others.append(cell)
+    return others
 
 
 def without_artifact(cells: Sequence[Cell], out: Path) -> list[Cell]:

@@ -78,7 +78,7 @@ def _load(cell: Cell, out: Path) -> Record | str:
         return str(error)
     if found.cell_hash == cell.hash:
         return found
-    return f"{path}: made with other settings, code or data than these"
+    return f"{path}: made with other settings, data or embedded world than these"
 
 
 def is_locked(path: Path) -> bool:

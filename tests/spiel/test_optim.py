@@ -273,3 +273,35 @@ def test_sm3_accumulators_are_fp32_whatever_the_default():
         torch.set_default_dtype(torch.float32)
     (state,) = optimizer.state.values()
     assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+def test_sm3s_momentum_is_that_of_updates_not_of_steps():
+    p = parameter_with_gradient([1.0], [2.0])
+    optimizer = spiel.SpielSM3([p], lr=0.1, eps=0.0, momentum=0.9)
+    optimizer.step()
+    assert p.item() == pytest.approx(1 - 0.1 * 0.1)
+    p.grad = torch.tensor([0.0])
+    optimizer.step()
+    assert p.item() == pytest.approx(0.99 - 0.1 * 0.09)
+
+
+def test_sm3s_decay_is_scaled_by_the_rate():
+    p = parameter_with_gradient([1.0], [0.0])
+    spiel.SpielSM3([p], lr=0.1, weight_decay=2.0).step()
+    assert p.item() == pytest.approx(0.8)
+
+
+def test_sm3_of_a_matrix_takes_the_smaller_of_row_and_column():
+    w = parameter_with_gradient([[0.0, 0.0]] * 2, [[1.0, 2.0], [3.0, 4.0]])
+    optimizer = spiel.SpielSM3([w], lr=1.0, eps=0.0)
+    optimizer.step()
+    before, w.grad = w[0, 1].item(), torch.ones(2, 2)
+    optimizer.step()  # its row has seen 4 at most, its column 16
+    assert w[0, 1].item() - before == pytest.approx(-((4 + 1) ** -0.5))
+
+
+def test_sm3s_eps_does_not_add_up():
+    p = parameter_with_gradient([0.0], [0.0])
+    optimizer = spiel.SpielSM3([p], eps=1.0)
+    optimizer.step()
+    assert optimizer.state[p]["entries"].tolist() == [0.0]

@@ -354,3 +354,22 @@ def test_ag_refuses_optimizers_without_state_for_each_weight(optimizer):
 def test_total_steps_must_be_an_integer(total_steps):
     with pytest.raises(TypeError, match="total_steps must be an integer"):
         make(total_steps=total_steps)
+
+
+def test_a_skipped_step_keeps_the_candidates_of_the_steps_before():
+    model, optimizer, reselector = make()
+    train(model, optimizer, reselector, batches(1))
+    before = {name: window.candidates for name, window in reselector.windows.items()}
+    assert before and all(chosen is not None for chosen in before.values())
+    (batch,) = batches(1, seed=2)
+    model(input_ids=batch, labels=batch).loss.backward()
+    reselector.skip_step()
+    assert all(window.candidates is before[name] for name, window in reselector.windows.items())
+
+
+def test_closing_leaves_no_hook_at_the_optimizer():
+    _, optimizer, reselector = make()
+    assert optimizer._optimizer_step_pre_hooks and optimizer._optimizer_step_post_hooks
+    reselector.close()
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks

@@ -9,7 +9,7 @@ import spiel
 from spiel import ops
 from spiel.ops.blocked import largest_gradients
 from spiel.support import random_support
-from spiel.window import GradientWindow
+from spiel.window import GradientWindow, end_step
 
 
 class Experts(nn.Module):
@@ -232,3 +232,22 @@ def test_what_is_looked_up_once_is_of_the_support_and_the_candidates_there_are_n
                     torch.testing.assert_close(found, wanted.view(-1)[indices])
                 own = window.step_gradient
                 torch.testing.assert_close(own, 2 * wanted.view(-1)[candidates])
+
+
+def observed(num_deltas):
+    """A window of a dense weight of that many deltas, after one micro-batch."""
+    window = GradientWindow(torch.nn.Parameter(torch.zeros(num_deltas)), lambda _: False)
+    window.observe(torch.ones(2, num_deltas), torch.ones(2, 1), torch.arange(num_deltas))
+    return window
+
+
+def test_a_sample_does_not_hold_the_gradient_that_it_is_of():
+    window = observed(100_000)
+    assert window.sample is not None
+    assert window.sample.untyped_storage().nbytes() < 100_000
+
+
+def test_a_step_without_a_gradient_forgets_its_sample():
+    window = observed(10)
+    end_step([window])
+    assert window.sample is None

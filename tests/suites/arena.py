@@ -111,6 +111,7 @@ ENVIRONMENT = Environment(
     num_threads=2,
     gpus=(),
     device="cpu",
+    code_hash="c0de",
 )
 
 

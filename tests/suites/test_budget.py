@@ -90,3 +90,10 @@ def test_gpt2s_linears_count_too():
 
     model = torch.nn.ModuleDict({"q_proj": Conv1D(48, 64)})
     assert Budget(4, TARGETS).num_weights(model) == 4 * (64 + 48)
+
+
+def test_a_density_is_of_all_weights_frozen_or_not():
+    model, budget = make_llama(), Budget(density=0.01, target_modules=("q_proj",))
+    asked = budget.num_weights(model)
+    assert asked == round(0.01 * model.num_parameters())
+    assert budget.num_weights(model.requires_grad_(False)) == asked

@@ -137,6 +137,14 @@ def test_prompts_without_room_are_counted(loaded, tasks):
     folder = tasks("long", doc_to_text=long)
     ask = Task("long", "acc,none", "target")
     assert evaluate(model, tokenizer, [ask], folder, 4)["long"].num_cut == 2 * 4
+    folder = tasks("edge", doc_to_text=f"{{{{ ' '.join(['{word}'] * (63 + n)) }}}}")
+    texts = [" ".join([word] * (63 + n)) + " a" for n in range(3)]
+    # The last token of the answer is only asked for.
+    are_long = [len(tokenizer(text)["input_ids"]) > 65 for text in texts]
+    assert are_long.count(True) in (1, 2)
+    ask = Task("edge", "acc,none", "target")
+    found = evaluate(model, tokenizer, [ask], folder, 4)["edge"]
+    assert found.num_cut == 4 * are_long.count(True)
     said = {"output_type": "generate_until", "generation_kwargs": {"max_gen_toks": 2}}
     metric = {"metric_list": [{"metric": "exact_match"}], "doc_to_choice": None}
     folder = tasks("said", doc_to_text=long, doc_to_target="a", **said, **metric)

@@ -203,3 +203,16 @@ def test_suites_with_tasks_are_no_footprints(capsys):
     with pytest.raises(SystemExit):
         footprints.main(["quickstart"])
     assert "unknown footprint suite 'quickstart'; choose from footprint" in capsys.readouterr().err
+
+
+def test_the_faster_lora_is_the_measure():
+    faster = dataclasses.replace(cell(), method="lora-bf16")
+    rows = footprints.compared(
+        {},
+        [
+            finished(cell(), seconds=0.2),
+            finished(faster, seconds=0.1),
+            finished(cell("spiel"), seconds=0.1),
+        ],
+    )
+    assert [row["time x lora"] for row in rows] == ["2.000", "1.000", "1.000"]

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 
 from suites import catalog, preview, record, run
-from suites.estimate import activation_bytes, estimate, meta_model, seconds
+from suites.estimate import activation_bytes, earlier_records, estimate, meta_model, seconds
 from suites.plan import Execution, plan
 from suites.shapes import SHAPES
 from suites.sources import ModelSource
 from suites.suite import Budget, Recipe
-from tests.suites.arena import cell, finished, small_suite
+from tests.suites.arena import ENVIRONMENT, cell, finished, small_suite
 
 
 @pytest.fixture
@@ -91,6 +91,7 @@ def test_activations_are_near_what_autograd_keeps():
     assert config.hidden_size == SHAPES["tiny"]["hidden_size"]
     assert kept / 1.5 < activation_bytes(config, suite) < kept * 1.5
     recipe = dataclasses.replace(suite.recipe, gradient_checkpointing=True)
+    assert 2 * activation_bytes(config, suite, num_ranks=2) == activation_bytes(config, suite)
     less = activation_bytes(config, dataclasses.replace(suite, recipe=recipe))
     assert less < activation_bytes(config, suite)
 
@@ -101,6 +102,12 @@ def test_time_is_that_of_cells_alike():
     lora = finished(cell(), phases=phases, seconds=0.5)
     longer = small_suite(recipe=Recipe(num_steps=100, batch_size=4))
     assert seconds(cell(suite=longer), [lora, other]) == pytest.approx(3 + 100 * 0.5)
+    for other in (
+        cell(suite=small_suite(limit=3)),
+        cell(split="dev"),
+        cell(suite=small_suite(eval_batch_size=3)),
+    ):
+        assert seconds(other, [lora]) is None
     wider = small_suite(recipe=Recipe(num_steps=100, batch_size=8))
     assert seconds(cell(suite=wider), [lora]) is None
 
@@ -123,3 +130,14 @@ def test_a_model_that_cannot_be_is_no_plan(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run.main(["mmlu_flan", "--model", str(tmp_path / "none"), "--plan"])
     assert "is neither a folder nor a hub id" in capsys.readouterr().err
+
+
+def test_only_cells_that_ended_well_here_tell_the_time(tmp_path):
+    ok, failed, elsewhere = (cell(seed=seed) for seed in range(3))
+    record.write(finished(ok), ok.record_path(tmp_path))
+    record.write(
+        dataclasses.replace(finished(failed), status="failed"), failed.record_path(tmp_path)
+    )
+    other = dataclasses.replace(ENVIRONMENT, cpu="another")
+    record.write(finished(elsewhere, environment=other), elsewhere.record_path(tmp_path))
+    assert [each.seed for each in earlier_records(tmp_path, ENVIRONMENT)] == [0]

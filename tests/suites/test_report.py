@@ -44,7 +44,7 @@ def test_means_intervals_and_paired_ratio():
 
 def test_first_step_is_left_out_and_the_rest_charged():
     found = finished(cell())
-    steps = (9.0, 0.1, 0.3)
+    steps = (9.0, 0.1, 0.1, 0.4)
     training = dataclasses.replace(found.training, step_seconds=steps)
     assert report.step_seconds(dataclasses.replace(found, training=training)) == pytest.approx(0.2)
 
@@ -160,16 +160,35 @@ def test_methods_of_several_versions_of_a_library_are_told():
     assert notes.versions([made("lora", "1"), made("spiel", "1")]) == []
 
 
-def test_methods_that_learned_from_other_data_are_told():
-    loaded = [{"training data": name} for name in ("a", "b")]
-    one, two = (
-        dataclasses.replace(finished(cell(method)), loaded=each)
-        for method, each in zip(("lora", "spiel"), loaded, strict=True)
-    )
-    assert notes.versions([one, two]) == [
-        "Of training data several versions: a for lora; b for spiel."
+def test_seeds_of_one_method_by_several_versions_of_the_code_are_told():
+    def made(method, seed, code_hash):
+        environment = dataclasses.replace(ENVIRONMENT, code_hash=code_hash)
+        return finished(cell(method, seed=seed), environment=environment)
+
+    records = [made("lora", 0, "a"), made("lora", 1, "b"), made("spiel", 0, "b")]
+    assert notes.versions(records) == [
+        "Of code several versions: a for lora seed 0; b for lora seed 1, spiel."
     ]
-    assert notes.versions([one, dataclasses.replace(two, loaded={})]) == []
+    assert set(notes.versions(records)) < set(notes.footnotes(report.frame(records), records))
+
+
+@pytest.mark.parametrize("what", ["model weights", "training data"])
+def test_what_was_learned_from_other_data_or_weights_shares_no_table(what):
+    one, two = (
+        finished(cell(method), loaded={what: each, "attention": each})
+        for method, each in (("lora", "a"), ("spiel", "b"))
+    )
+    with pytest.raises(report.MixedRecordsError, match=f"different {what}.*a: lora seed 0; b: spi"):
+        report.frame([one, two])
+    report.frame([one, dataclasses.replace(two, loaded={"attention": "b"})])
+    assert "Of attention several versions: a for lora; b for spiel." in notes.versions([one, two])
+
+
+def test_seeds_of_one_method_have_as_many_weights():
+    one, two = finished(cell()), finished(cell(seed=1), num_trainable=99)
+    with pytest.raises(report.MixedRecordsError, match="100: lora seed 0; 99: lora seed 1"):
+        report.frame([one, two])
+    report.frame([one, dataclasses.replace(two, method_name="full")])
 
 
 def scored(of, **tasks):
@@ -324,3 +343,25 @@ def test_without_tasks_there_is_a_dash_for_every_score(tmp_path, capsys):
     assert table.quality(frame)["target"].tolist() == ["-", "-"]
     write_all(records, cells, tmp_path)
     assert table.present(cells, tmp_path) == 0
+
+
+def test_a_record_of_other_settings_is_not_counted(tmp_path):
+    of = cell()
+    record.write(dataclasses.replace(finished(of), cell_hash="f00"), of.record_path(tmp_path))
+    found, (problem,) = table.load([of], tmp_path)
+    assert found == []
+    assert problem.endswith("made with other settings, data or embedded world than these")
+
+
+def test_steps_of_a_failed_cell_do_not_count():
+    half = dataclasses.replace(finished(cell("spiel", seed=1), seconds=9.0), status="failed")
+    frame = report.frame([finished(cell()), finished(cell(seed=1)), finished(cell("spiel")), half])
+    assert row_of(frame, "spiel")["step_ratio_to_lora"] == pytest.approx(1.0)
+
+
+def test_the_share_of_weights_is_of_all_the_models():
+    assert row_of(report.frame([finished(cell())]), "lora")["trainable_percent"] == 10
+
+
+def test_half_widths_are_in_the_unit_of_the_mean():
+    assert table.spread({"x": 0.1, "x_ci95": 0.02}, "x", ".1f", 1000) == "100.0 ± 20.0"

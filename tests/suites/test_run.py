@@ -191,6 +191,19 @@ def test_a_method_that_cannot_have_the_budget_leaves_the_others_alone(arena, tmp
     assert "│ base" in again.out and "│ lora" in again.out
 
 
+def test_finished_cells_by_other_code_are_told(arena, tmp_path, capsys):
+    assert command("--methods", "base", "--seeds", "0", out=tmp_path) == 0
+    assert command("--methods", "base", "--seeds", "0,1", out=tmp_path) == 0
+    assert "by other code" not in capsys.readouterr().err
+    path = next((tmp_path / "records").rglob("base-r2-s0.json"))
+    found = record.read(path)
+    environment = dataclasses.replace(found.environment, code_hash="other")
+    record.write(dataclasses.replace(found, environment=environment), path)
+    assert command("--methods", "base", "--seeds", "0,1,2", out=tmp_path) == 0
+    told = "finished by other code than there is now, and in the same table: base-r2-s0"
+    assert told in capsys.readouterr().err.splitlines()
+
+
 def test_a_search_goes_on_to_the_picks_of_the_methods_that_can_have_the_budget(arena, tmp_path):
     asked = ("--methods", "full,lora", "--budget", "50000000", "--seeds", "0")
     assert command(*asked, "--search-only", out=tmp_path) == 1
@@ -276,7 +289,7 @@ def test_what_is_not_ok_or_not_the_same_is_run_again(tmp_path):
     failure = record.Record.of(failed, "interrupted", "", record.now())
     record.write(failure, failed.record_path(tmp_path))
     record.write(finished(cell("full", seed=2)), other.record_path(tmp_path))
-    told = f"{other.record_path(tmp_path)}: of other settings, code, data or libraries"
+    told = f"{other.record_path(tmp_path)}: of other settings, data or embedded world"
     assert runner.finished([done, failed, other, missing], tmp_path) == ([done], [told])
 
 

@@ -8,9 +8,10 @@ from filelock import FileLock
 
 from suites import record, search
 from suites.curves import curves
+from suites.plan import plan_search
 from suites.record import Record
 from suites.suite import Tuning
-from tests.suites.arena import cell, finished, write_all
+from tests.suites.arena import cell, finished, small_suite, write_all
 
 
 def trial(lr, seed, target, method="lora"):
@@ -186,3 +187,20 @@ def test_search_picks_the_smallest_rate_that_dev_cannot_tell_from_the_best():
     found = curves(trials)
     assert found["lr"][found["target"].idxmax()] == 1e-2
     assert found["lr"][found["picked"]].tolist() == [1e-3]
+
+
+def test_a_pick_has_its_weight_decay(tmp_path):
+    suite = small_suite(grids={"lora": (Tuning(0.1, 3.0),)})
+    cells = plan_search(suite, ["lora"], [0])
+    write_all([finished(each) for each in cells], cells, tmp_path)
+    assert search.picks(cells, tmp_path) == {"lora": Tuning(0.1, 3.0)}
+
+
+def test_of_two_decays_at_one_rate_the_better_is_picked():
+    trials = [
+        dataclasses.replace(trial(0.1, seed, target)[1], tuning={"lr": 0.1, "weight_decay": decay})
+        for decay, targets in ((0.0, (0.71, 0.81)), (1.0, (0.75, 0.85)), (2.0, (0.5, 0.6)))
+        for seed, target in enumerate(targets)
+    ]
+    frame = curves(trials)
+    assert frame[frame["picked"]]["weight_decay"].tolist() == [1.0]

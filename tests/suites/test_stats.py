@@ -84,7 +84,7 @@ def test_chance_seldom_makes_few_seeds_significant(monkeypatch):
 
 def test_seeds_that_agree_leave_it_to_the_items():
     differences = np.zeros((3, 40))
-    differences[:, :2] = 1.0  # the same two of forty items in each seed
+    differences[:, :3] = 1.0  # the same three of forty items in each seed
     assert paired_difference([differences]).p_value > 0.05
     assert paired_difference([np.ones((3, 40))]).p_value < 0.05
 
@@ -140,3 +140,10 @@ def test_weights_decide_how_tasks_count():
 def test_nothing_to_pair_is_an_error():
     with pytest.raises(ValueError, match="at least one seed and one item"):
         paired_difference([])
+
+
+def test_tasks_share_the_seeds_that_are_drawn():
+    """What a seed does to all tasks does not average out over tasks."""
+    by_seed = np.array([[-0.5], [0.0], [0.5]]) * np.ones(40)
+    low, high, _ = stats._bootstrap([by_seed] * 4, np.full(4, 0.25), 0.95)
+    assert high - low > 0.9
