@@ -28,34 +28,43 @@ _LATEX = str.maketrans(
     }
 )
 
+#: Beyond Latin-1, what LaTeX's default encoding has.
+SIGNS = "†“”…"
+
 
 def write(
     suite: Suite,
     tables: dict[str, pd.DataFrame],
     notes: Sequence[str],
-    frame: pd.DataFrame,
+    frames: Mapping[str, pd.DataFrame],
     records: Mapping[Path, Record],
     out: Path,
 ) -> list[Path]:
-    """Writes the `tables`, as printed, `frame` in full precision, a figure, and a page of all.
+    """Writes the `tables`, as printed, the `frames` in full precision, a figure, and a page of all.
 
-    `records` are those in the tables, by their files.
+    `frames` are by what the names of their files have beyond the suite's, which is nothing for the
+    one that is drawn; `records` are those in the tables, by their files.
     """
-    stem = out / "tables" / safe_name(suite.name)
-    drawn = figures.draw(frame, suite.name, out / "figures" / stem.name)
-    ending = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in ("md", "tex", "csv", "html")}
-    linked = {page.link(path, ending["html"]): record for path, record in records.items()}
+    name = safe_name(suite.name)
+    frame = frames[""]
+    drawn = figures.draw(frame, suite.name, out / "figures" / name)
+    html = out / "tables" / f"{name}.html"
+    linked = {page.link(path, html): record for path, record in records.items()}
     figure = next((path for path in drawn if path.suffix == ".png"), None)
-    full = frame.assign(failures=["; ".join(row) for row in frame["failures"]])
+    full = {**frames, "": frame.assign(failures=["; ".join(row) for row in frame["failures"]])}
     texts = {
-        "md": markdown(tables, notes, suite.name, suite.description),
-        "tex": latex(tables, notes, suite.name),
-        "csv": full.to_csv(index=False),
-        "html": page.html(suite.name, suite.description, tables, notes, linked, figure),
+        html.with_suffix(".md"): markdown(tables, notes, suite.name, suite.description),
+        html.with_suffix(".tex"): latex(tables, notes, suite.name),
+        **{
+            html.with_name(f"{name}{more}.csv"): each.to_csv(index=False)
+            for more, each in full.items()
+            if len(each)
+        },
+        html: page.html(suite.name, suite.description, tables, notes, linked, figure),
     }
-    for kind, text in texts.items():
-        write_whole(text, ending[kind])
-    return [*ending.values(), *drawn]
+    for path, text in texts.items():
+        write_whole(text, path)
+    return [*texts, *drawn]
 
 
 def markdown(
@@ -76,8 +85,10 @@ def sheet(title: str, table: pd.DataFrame, notes: Sequence[str] = ()) -> str:
 
 
 def latex(tables: dict[str, pd.DataFrame], notes: Sequence[str], name: str) -> str:
-    """A table environment for each of `tables`, the notes below the last; needs booktabs."""
+    """A table environment for each of `tables`, the notes below it; needs booktabs."""
     parts = [r"% \usepackage{booktabs}"]
+    small = "\n".join(rf"{escaped(note)}\\" for note in notes)
+    below = f"\\par\\raggedright\\footnotesize\n{small}\n\\end{{table}}"
     for title, table in tables.items():
         text = table.map(escaped).to_latex(
             index=False,
@@ -87,16 +98,14 @@ def latex(tables: dict[str, pd.DataFrame], notes: Sequence[str], name: str) -> s
             caption=escaped(f"{name}: {title.lower()}"),
             label=f"tab:{safe_name(name)}-{title.lower()}",
         )
-        parts.append(text.strip())
-    small = "\n".join(rf"{escaped(note)}\\" for note in notes)
-    parts[-1] = parts[-1].replace(
-        r"\end{table}", f"\\par\\raggedright\\footnotesize\n{small}\n\\end{{table}}"
-    )
+        parts.append(text.strip().replace(r"\end{table}", below))
     return "\n\n".join(parts) + "\n"
 
 
 def escaped(text: str) -> str:
-    """`text` with what means something to LaTeX written so that it means itself, and minus signs
-    where a hyphen stands for one.
+    """`text` with what means something to LaTeX written so that it means itself, minus signs where
+    a hyphen stands for one, and question marks for what its usual fonts lack.
     """
-    return re.sub(r"(?<![\w-])-(?=[\d.])", "$-$", text.translate(_LATEX))
+    known = "".join(sign if sign in SIGNS or " " <= sign <= "ÿ" else "?" for sign in text)
+    spelled = known.translate(_LATEX).replace("--", "-{}-")
+    return re.sub(r"(?<![\w-])-(?=[\d.])", "$-$", spelled)

@@ -153,11 +153,17 @@ def tabulated(found: Sequence[tuple[dict[str, Any], Sequence[Record]]]) -> pd.Da
     """The rows of all settings; MixedRecordsError if they were not all measured on one machine."""
     import pandas as pd
 
-    from suites.report import hardware, require_one
+    from suites.report import require_one
+    from suites.values import given
 
     rows = [row for setting, own in found for row in compared(setting, own)]
     measured = [each for _, own in found for each in own if each.status == "ok"]
-    require_one("hardware", measured, hardware, named=lambda each: each.suite_name)
+    require_one(
+        "hardware",
+        measured,
+        lambda each: given(each.environment).hardware,
+        named=lambda each: each.suite_name,
+    )
     return pd.DataFrame(rows)
 
 

@@ -63,8 +63,8 @@ class Finding:
 def judge(now: Sequence[Record], before: Sequence[Record]) -> list[Finding]:
     """Every measure of every method of `before`, in its order.
 
-    Raises MixedRecordsError if either is of different hardware, if they are of different worlds or
-    suites, or if the tasks asked other items.
+    Raises MixedRecordsError if they are of different worlds or suites, or if the tasks asked other
+    items.
     """
     report.require_comparable(now)
     report.require_comparable(before)
@@ -73,7 +73,7 @@ def judge(now: Sequence[Record], before: Sequence[Record]) -> list[Finding]:
             f"the embedded world is another ({', '.join(sorted(map(str, worlds)))}), as it is with "
             "other libraries or other code that makes it: keep a new run"
         )
-    same_machine = _hardware(now) == _hardware(before)
+    same_machine = len(report.hardware([*now, *before])) == 1
     findings = []
     for method in dict.fromkeys(record.method_name for record in before):
         then, own = _ok(before, method), _ok(now, method)
@@ -89,11 +89,6 @@ def judge(now: Sequence[Record], before: Sequence[Record]) -> list[Finding]:
 
 def _ok(records: Sequence[Record], method: str) -> list[Record]:
     return [each for each in records if each.method_name == method and each.status == "ok"]
-
-
-def _hardware(records: Sequence[Record]) -> set[str]:
-    """One or none: `require_comparable` saw to it."""
-    return {report.hardware(each) for each in records if each.status == "ok"}
 
 
 def _cells(method: str, now: Sequence[Record], before: Sequence[Record]) -> Finding:

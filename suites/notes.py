@@ -17,6 +17,7 @@ SIGNIFICANT = "*"
 TESTS = (
     f"two-way bootstrap, or below {stats.MIN_ITEMS} items sign test, and paired t test over seeds"
 )
+OWN = "the suite's own (--search picks them on dev)"
 #: How many times as slow a machine may be at one time as at another before its table warns.
 SPEED_LIMIT = 1.25
 
@@ -24,10 +25,12 @@ SPEED_LIMIT = 1.25
 def footnotes(frame: pd.DataFrame, records: Sequence[Record]) -> list[str]:
     """What must be known to read the table, and what went wrong."""
     notes = [
-        f"{metrics(records)}±: half the 95 % interval over seeds. MiB: peak of a phase, beyond "
-        "what the libraries hold; kept for the backward pass; state of the optimizer; files to "
-        "keep."
+        f"{metrics(records)}±: half the 95 % interval over seeds. MiB: peak of a phase, on a "
+        "CPU beyond what the libraries hold; kept for the backward pass; state of the optimizer; "
+        "files to keep."
     ]
+    if len(report.hardware(records)) > 1:
+        notes.append("Made on several kinds of hardware: what took time or memory is left out.")
     asked = {record.size.num_asked for record in records if record.size and record.size.num_asked}
     budget = f"the budget of {asked.pop():,} weights" if asked else "a budget"
     if not all(frame["matched"]):
@@ -129,12 +132,11 @@ def prompts(records: Sequence[Record]) -> list[str]:
 
 
 def rates(cells: Sequence[Cell]) -> list[str]:
-    """Where the learning rates are from, if the suite has grids to pick them from."""
-    suite = cells[0].suite
-    trained = [cell for cell in cells if cell.entry.trains]
-    if not trained or not suite.grids:
-        return []
+    """Where the learning rates are from; of a suite without grids, where not from itself."""
+    trained = [cell for cell in cells if cell.entry.trains and cell.method != "frozen"]
     sources = report.grouped((_source(cell), cell.method) for cell in trained)
+    if not sources or (list(sources) == [OWN] and not cells[0].suite.grids):
+        return []
     told = [f"{', '.join(names)}: {source}" for source, names in sources.items()]
     edges = ", ".join(dict.fromkeys(cell.method for cell in trained if _is_at_edge(cell)))
     beyond = f" At an edge of its grid, beyond which a better one may lie: {edges}."
@@ -147,20 +149,20 @@ def _source(cell: Cell) -> str:
     if cell.tuning != rates.get(like):
         return "picked on dev"
     if cell.method == like:
-        return "the suite's own (--search picks them on dev)"
+        return OWN
     return f"{like}'s, for want of one of their own"
 
 
 def _is_at_edge(cell: Cell) -> bool:
     grid = cell.suite.grids.get(stand_in(cell.method, cell.suite.grids), ())
     found = [tuning.lr for tuning in grid]
-    return bool(found) and given(cell.tuning).lr in (min(found), max(found))
+    return bool(found) and not min(found) < given(cell.tuning).lr < max(found)
 
 
 def metrics(records: Sequence[Record]) -> str:
     """`target: accuracy; retention: byte likelihood. `; nothing where there are no scores.
 
-    Several metrics of a role are named with their tasks.
+    Several tasks of a role are named.
     """
     said: dict[str, list[str]] = {}
     for role in ROLES:
@@ -171,7 +173,8 @@ def metrics(records: Sequence[Record]) -> str:
             if score.role == role
         )
         named = [f"{metric} ({', '.join(names)})" for metric, names in tasks.items()]
-        text = f"mean of {', '.join(named)}" if len(named) > 1 else "".join(tasks)
+        is_one = sum(map(len, tasks.values())) <= 1
+        text = "".join(tasks) if is_one else f"mean of {', '.join(named)}"
         said.setdefault(text, []).append(role)
     phrases = [f"{', '.join(roles)}: {text}" for text, roles in said.items() if text]
     return f"{'; '.join(phrases)}. " if phrases else ""
@@ -186,7 +189,7 @@ def _metric(key: str) -> str:
 def machine(records: Sequence[Record]) -> list[str]:
     """Where and by which code the records were made, and how steady the machine was."""
     places = {where(record) for record in records if record.environment}
-    return [*sorted(places), *speed(records)]
+    return [*sorted(places), *(speed(records) if len(report.hardware(records)) == 1 else [])]
 
 
 def where(record: Record) -> str:

@@ -90,6 +90,7 @@ def add_overrides(parser: Parser) -> None:
 def _add_execution(group: Any) -> None:
     add = group.add_argument
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="results folder")
+    add("--report", action="store_true", help="the table of what is finished; run nothing")
     add("--force", action="store_true", help="run finished cells again")
     add("--keep-artifacts", action="store_true", help="keep adapters in DIR/artifacts")
     add("--processes", type=_count, default=1, metavar="N", help="train each cell on N processes")

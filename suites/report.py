@@ -25,13 +25,12 @@ class MixedRecordsError(ValueError):
 
 
 def require_comparable(records: Sequence[Record]) -> None:
-    """Raises MixedRecordsError unless all are of one suite hash, world and hardware, learned the
-    same from the same model, and each method's trained as many weights.
+    """Raises MixedRecordsError unless all are of one suite hash and world, learned the same from
+    the same model, and each method's trained as many weights.
     """
     require_one("suite hash", records, lambda record: record.suite_hash)
     measured = [record for record in records if record.status == "ok"]
     require_one("embedded world", measured, lambda record: record.world)
-    require_one("hardware", measured, hardware)
     for name in ("model weights", "training data"):
         known = [record for record in measured if name in record.loaded]
         require_one(name, known, lambda record, name=name: record.loaded[name])  # type: ignore[misc]
@@ -41,8 +40,9 @@ def require_comparable(records: Sequence[Record]) -> None:
         require_one("numbers of trained weights", own, lambda each: given(each.size).num_trainable)
 
 
-def hardware(record: Record) -> str:
-    return given(record.environment).hardware
+def hardware(records: Iterable[Record]) -> set[str]:
+    """Of those that are ok; what took time or memory is compared on one alone."""
+    return {given(each.environment).hardware for each in records if each.status == "ok"}
 
 
 def require_one(
@@ -67,7 +67,7 @@ def grouped(pairs: Iterable[tuple[Any, str]]) -> dict[Any, list[str]]:
 
 
 def frame(records: Sequence[Record], planned: Mapping[str, int] | None = None) -> pd.DataFrame:
-    """One row a method; plain numbers, bytes and seconds.
+    """One row a method; plain numbers, bytes and seconds; of several kinds of hardware no costs.
 
     `planned` is how many seeds each method was to have, in the order of the rows; those that the
     `records` are of if None. Raises MixedRecordsError for records that do not belong together.
@@ -77,7 +77,8 @@ def frame(records: Sequence[Record], planned: Mapping[str, int] | None = None) -
     base = [
         record for record in records if record.method_name == BASELINE and record.status == "ok"
     ]
-    base_seconds = by_seed(base, BASELINE, step_seconds)
+    timed = records if len(hardware(records)) == 1 else []
+    base_seconds = by_seed(timed, BASELINE, step_seconds)
     rows = []
     for method, num_seeds in planned.items():
         own = [record for record in records if record.method_name == method]
@@ -88,8 +89,8 @@ def frame(records: Sequence[Record], planned: Mapping[str, int] | None = None) -
             for record in own
             if record.status != "ok"
         ]
-        row |= _quality(ok) | _cost(ok) | compared(ok, base)
-        seconds = by_seed(own, method, step_seconds)
+        row |= _quality(ok) | _cost(ok if timed else []) | _sizes(ok) | compared(ok, base)
+        seconds = by_seed(timed, method, step_seconds)
         row |= columns("step_seconds", list(seconds.values()))
         ratio = stats.paired_ratio(seconds, base_seconds)
         row[f"step_ratio_to_{BASELINE}"] = ratio.mean if ratio else None
@@ -148,33 +149,65 @@ def _quality(ok: Sequence[Record]) -> dict[str, Any]:
         }
     for role in ROLES:
         row |= columns(role, role_means(ok, role))
+        if ok and ok[0].tuning is None:  # nothing hung on the seed
+            row[f"{role}_ci95"] = None
     return row
 
 
 def compared(own: Sequence[Record], base: Sequence[Record]) -> dict[str, float | None]:
     """For each role the columns of `stats.paired_difference` of a method from the baseline."""
     row: dict[str, float | None] = {}
-    is_base = bool(own) and own[0].method_name == BASELINE
     for role in ROLES:
-        name = f"{role}_minus_{BASELINE}"
-        arrays, weights = ([], []) if is_base else item_differences(own, base, role)
-        found = stats.paired_difference(arrays, weights) if arrays else None
-        row[name] = found.mean if found else None
-        # Of one seed it would be too narrow.
-        is_told = found is not None and found.p_value is not None
-        for bound in ("low", "high", "p_value"):
-            column = f"{name}_{bound.removesuffix('_value')}"
-            row[column] = getattr(found, bound) if is_told else None
+        row |= _compared(f"{role}_minus_{BASELINE}", own, base, role)
     return row
 
 
+def _compared(
+    name: str, own: Sequence[Record], base: Sequence[Record], role: str, task: str | None = None
+) -> dict[str, float | None]:
+    is_base = bool(own) and own[0].method_name == BASELINE
+    arrays, weights = ([], []) if is_base else item_differences(own, base, role, task)
+    found = stats.paired_difference(arrays, weights) if arrays else None
+    # Of one seed it would be too narrow.
+    is_told = found is not None and found.p_value is not None
+    return {
+        name: found.mean if found else None,
+        f"{name}_low": found.low if found and is_told else None,
+        f"{name}_high": found.high if found and is_told else None,
+        f"{name}_p": found.p_value if found else None,
+    }
+
+
+def tasks(records: Sequence[Record]) -> pd.DataFrame:
+    """One row a task and method: what it scored, and its difference from the baseline.
+
+    Raises MixedRecordsError for records that do not belong together.
+    """
+    require_comparable(records)
+    ok = [record for record in records if record.status == "ok"]
+    base = [record for record in ok if record.method_name == BASELINE]
+    named = {name: score for record in ok for name, score in record.scores.items()}
+    rows = []
+    for name, score in named.items():
+        for method in dict.fromkeys(record.method_name for record in ok):
+            own = [each for each in ok if each.method_name == method and name in each.scores]
+            row: dict[str, Any] = {"task": name, "role": score.role, "metric": score.metric}
+            row |= {"method": method, "num_seeds": len(own), "num_items": score.num_items}
+            row |= columns("score", [each.scores[name].value for each in own])
+            if own and own[0].tuning is None:  # nothing hung on the seed
+                row["score_ci95"] = None
+            rows.append(row | _compared(f"minus_{BASELINE}", own, base, score.role, name))
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["task", "role"])
+
+
 def item_differences(
-    own: Sequence[Record], base: Sequence[Record], role: str
+    own: Sequence[Record], base: Sequence[Record], role: str, task: str | None = None
 ) -> tuple[list[np.ndarray], list[float]]:
     """`own` - `base`, item by item: arrays (shared seeds, items), and what each weighs.
 
-    A task of `role` is one array of weight 1, or if its subtasks count alike one for each of them,
-    among which that weight is shared: so the mean of the arrays is the difference of the values.
+    Each task of `role`, or `task` alone, is one array of weight 1, or if its subtasks count alike
+    one for each of them, among which that weight is shared: so the mean of the arrays is the
+    difference of the values.
     Raises MixedRecordsError if the items are not the same.
     """
     theirs = {record.seed: record for record in base}
@@ -185,7 +218,8 @@ def item_differences(
         return arrays, weights
     if len({frozenset(record.scores) for pair in pairs for record in pair}) > 1:
         raise MixedRecordsError("records of different tasks do not share a table")
-    for name in [name for name, score in pairs[0][0].scores.items() if score.role == role]:
+    of_role = [name for name, score in pairs[0][0].scores.items() if score.role == role]
+    for name in of_role if task is None else [task]:
         whole = np.stack([_difference(name, a, b) for a, b in pairs])
         parts = np.split(whole, _ends(pairs[0][0].scores[name]), axis=1)
         arrays += parts
@@ -231,9 +265,17 @@ def _cost(ok: Sequence[Record]) -> dict[str, Any]:
     row["callback_seconds_per_step"] = mean(mean(record.training.callback_seconds) for record in ok)
     row["tokens_per_second"] = mean(tokens_per_second(record) for record in ok)
     row["first_step_flops"] = mean(record.training.first_step_flops for record in ok)
-    for name in ("saved_for_backward_bytes", "optimizer_state_bytes", "artifact_bytes"):
-        row[name] = mean(getattr(record.size, name) for record in ok)
+    row["saved_for_backward_bytes"] = mean(_saved(record) for record in ok)
     return row
+
+
+def _saved(record: Record) -> int | None:
+    return given(record.size).saved_for_backward_bytes
+
+
+def _sizes(ok: Sequence[Record]) -> dict[str, Any]:
+    names = ("optimizer_state_bytes", "artifact_bytes")
+    return {name: mean(getattr(record.size, name) for record in ok) for name in names}
 
 
 def columns(name: str, values: Sequence[float]) -> dict[str, float | None]:

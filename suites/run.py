@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         cells = (plan_search if searching else plan)(suite, methods, seeds)
         if arguments.plan:
             return preview(cells, arguments.out, execution(arguments))
+        if arguments.report:
+            return conclude(cells, arguments.out, searching)
     except ValueError as error:
         parser.error(str(error))
     signal.signal(signal.SIGTERM, _interrupt)

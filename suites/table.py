@@ -32,14 +32,17 @@ def present(cells: Sequence[Cell], out: Path) -> int:
     except report.MixedRecordsError as error:
         say(console, f"no table: {error}")
         return 1
-    suite = cells[0].suite
+    suite, by_task = cells[0].suite, report.tasks(records)
     tables = {"Quality": quality(frame), "Cost": cost(frame)}
+    if by_task["task"].nunique() > by_task["role"].nunique():
+        tables["Tasks"] = scores(by_task)
     notes = [*rates(cells), *footnotes(frame, records)]
     path_of = {(cell.method, cell.seed): cell.record_path(out) for cell in cells}
     files = {path_of[record.method_name, record.seed]: record for record in records}
     paths, unwritten = [], ""
     try:
-        paths = documents.write(suite, tables, notes + problems, frame, files, out)
+        full = {"": frame, "-tasks": by_task}
+        paths = documents.write(suite, tables, notes + problems, full, files, out)
     except OSError as error:
         unwritten = f"the table cannot be written: {error}"
     for title, table in tables.items():
@@ -52,7 +55,7 @@ def present(cells: Sequence[Cell], out: Path) -> int:
     say(console, f"records: {records_folder(suite, out, cells[0].split)}")
     for folder in dict.fromkeys(path.parent for path in paths):
         first, *others = [path for path in paths if path.parent == folder]
-        endings = [path.suffix for path in others]
+        endings = [path.name.removeprefix(first.stem) for path in others]
         say(console, ", ".join([f"{folder.name + ':':8} {first}", *endings]))
     return 0 if not problems and all(record.status == "ok" for record in records) else 1
 
@@ -114,15 +117,28 @@ def quality(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def scores(by_task: pd.DataFrame) -> pd.DataFrame:
+    """What each method reached in each task."""
+    rows = []
+    for row in by_task.to_dict("records"):
+        score, difference = spread(row, "score", ".3f"), f"minus_{report.BASELINE}"
+        words = {"task": row["task"], "metric": row["metric"].partition(",")[0]}
+        words |= {"of": row["role"], "method": row["method"], "score": score}
+        rows.append({**words, f"vs {report.BASELINE}": starred(row, difference)})
+    return pd.DataFrame(rows)
+
+
 def differences(row: dict) -> str:
     """What target and retention are above the baseline's, with a star where it is significant."""
-    words = []
-    for role in ROLES:
-        name = f"{role}_minus_{report.BASELINE}"
-        p_value = row[f"{name}_p"]
-        star = SIGNIFICANT if p_value is not None and p_value < stats.SIGNIFICANCE else ""
-        words.append(number(row[name], "+.3f", star))
+    words = [starred(row, f"{role}_minus_{report.BASELINE}") for role in ROLES]
     return "-" if set(words) == {"-"} else " / ".join(words)
+
+
+def starred(row: dict, name: str) -> str:
+    """The difference `name`, with a star where it is significant."""
+    p_value = row[f"{name}_p"]
+    star = SIGNIFICANT if p_value is not None and p_value < stats.SIGNIFICANCE else ""
+    return number(row[name], "+.3f", star)
 
 
 def cost(frame: pd.DataFrame) -> pd.DataFrame:

@@ -92,7 +92,7 @@ def test_a_rival_without_a_peak_gives_no_ratio_of_memory(peak_bytes):
     ("is_elsewhere", "named"),
     [
         (lambda each: each.suite_name.endswith("r8"), "footprint_tiny-budget-r8;"),
-        (lambda each: each.method_name == "spiel", "spiel seed 0)"),
+        (lambda each: each.method_name == "spiel", "footprint_tiny-budget-r8, "),
     ],
     ids=["between settings", "in each setting"],
 )

@@ -25,7 +25,7 @@ def written(tmp_path, capsys):
 def test_the_page_has_tables_cells_software_and_the_figure(written):
     out, printed = written
     page = (out / "tables" / "small.html").read_text()
-    assert f"{out / 'tables' / 'small'}.md, .tex, .csv, .html" in printed
+    assert f"{out / 'tables' / 'small'}.md, .tex, .csv, -tasks.csv, .html" in printed
     for words in ("<h2>Quality</h2>", "<h2>Cost</h2>", "0.750 ± ", "A CPU, 2 threads", "2.13.0"):
         assert words in page
     assert "failed: no &lt;luck&gt; &amp; less" in page

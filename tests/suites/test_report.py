@@ -61,11 +61,56 @@ def test_failed_cells_are_told_and_not_averaged():
     assert pd.isna(row["target_ci95"])
 
 
-def test_other_suites_hardware_or_worlds_do_not_mix():
-    here = finished(cell())
+def test_of_several_kinds_of_hardware_there_is_quality_and_no_cost():
     gpu = dataclasses.replace(ENVIRONMENT, gpus=("A GPU",), device="cuda:0")
+    records = [finished(cell()), finished(cell("spiel"), target=0.7, environment=gpu)]
+    frame = report.frame(records)
+    assert frame["target"].tolist() == [0.5, 0.7]
+    assert frame["artifact_bytes"].notna().all()
+    costs = ["step_seconds", "train_peak_bytes", "step_ratio_to_lora", "saved_for_backward_bytes"]
+    assert frame[costs].isna().all(axis=None)
+    found = notes.footnotes(frame, records)
+    assert "Made on several kinds of hardware: what took time or memory is left out." in found
+    assert any("A GPU, on cuda:0" in note for note in found)
+
+
+def test_an_untrained_models_scores_have_no_interval():
+    records = [finished(cell("base", seed=seed)) for seed in (0, 1)]
+    assert table.quality(report.frame(records))["target"].tolist() == ["0.500"]
+    assert report.tasks(records)["score_ci95"].isna().all()
+
+
+def test_each_of_several_tasks_has_its_row(tmp_path, capsys):
+    def made(of, **values):
+        found = scored(
+            of, a=("target", "acc,none"), b=("target", "f1,none"), r=("retention", "acc")
+        )
+        scores = {
+            name: dataclasses.replace(score, value=values.get(name, score.value))
+            for name, score in found.scores.items()
+        }
+        return dataclasses.replace(found, scores=scores)
+
+    cells = [cell(method, seed=seed) for seed in (0, 1) for method in ("lora", "spiel")]
+    for of in cells:
+        record.write(made(of, a=0.25 if of.method == "spiel" else 0.75), of.record_path(tmp_path))
+    assert table.present(cells, tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "small: tasks" in printed and "mean of accuracy (a), f1 (b)" in printed
+    found = pd.read_csv(tmp_path / "tables" / "small-tasks.csv")
+    assert found[["task", "method", "score"]].to_numpy().tolist()[:4] == [
+        ["a", "lora", 0.75],
+        ["a", "spiel", 0.25],
+        ["b", "lora", 0.5],
+        ["b", "spiel", 0.5],
+    ]
+    assert found["minus_lora"].isna().tolist() == [True, False] * 3
+    assert table.scores(found)["score"][1] == "0.250 ± 0.000"
+
+
+def test_other_suites_or_worlds_do_not_mix():
+    here = finished(cell())
     for other, what in [
-        (finished(cell("spiel"), environment=gpu), "hardware"),
         (finished(cell("spiel"), world="world-2"), "embedded world"),
         (dataclasses.replace(finished(cell("spiel")), suite_hash="f00"), "suite hash"),
     ]:
@@ -144,9 +189,14 @@ def test_the_notes_tell_where_learning_rates_are_from():
     assert notes.rates([lora, picked, like]) == [
         "Learning rates: lora: the suite's own (--search picks them on dev); full: picked on dev; "
         "lora-bf16: lora's, for want of one of their own. At an edge of its grid, beyond which a "
-        "better one may lie: lora, lora-bf16."
+        "better one may lie: lora, full, lora-bf16."
     ]
-    assert notes.rates([dataclasses.replace(lora, suite=small_suite(grids={}))]) == []
+    bare = [dataclasses.replace(each, suite=small_suite(grids={})) for each in (lora, like)]
+    assert notes.rates(bare[:1]) == []
+    (told,) = notes.rates(bare)
+    assert told.endswith("lora-bf16: lora's, for want of one of their own.")
+    frozen = dataclasses.replace(like, method="frozen")
+    assert notes.rates([frozen]) == [], "what trains nothing has no rate"
 
 
 def test_methods_of_several_versions_of_a_library_are_told():
@@ -245,6 +295,7 @@ def test_what_means_something_to_latex_is_escaped():
     assert (
         documents.escaped("-0.8* / +0.1, 1e-05, lora-r8, -") == "$-$0.8* / +0.1, 1e-05, lora-r8, -"
     )
+    assert documents.escaped("--search ± † \x1b[1m→ é") == "-{}-search ± † ?[1m? é"
 
 
 def test_no_number_is_cut_where_the_terminal_is_narrow():
@@ -309,7 +360,7 @@ def test_seeds_that_are_missing_or_damaged_are_told(tmp_path, capsys):
     assert csv["num_ok"].tolist() == [3, 1, 0]
     for ending in ("md", "tex", "html"):
         text = (tmp_path / "tables" / f"small.{ending}").read_text()
-        assert text.count("not counted: ") == 5
+        assert text.count("not counted: ") == (2 * 5 if ending == "tex" else 5)  # below each table
         assert lora[2].record_path(tmp_path).name in text
 
 

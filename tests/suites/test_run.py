@@ -372,3 +372,13 @@ class _Silent:
 
     def print(self, text, **options):
         self.lines.append(text)
+
+
+def test_a_report_runs_nothing(arena, tmp_path, capsys):
+    (done,) = plan(small_suite(), ["lora"], [0])
+    record.write(finished(done), done.record_path(tmp_path))
+    arguments = ("--methods", "lora,full", "--seeds", "0", "--report")
+    assert command(*arguments, out=tmp_path) == 1
+    printed = capsys.readouterr().out
+    assert "│ lora   │   1/1 │" in printed and "│ full   │   0/1 │" in printed
+    assert len(list((tmp_path / "records").rglob("*.json"))) == 1
