@@ -153,7 +153,7 @@ def contents(suite: Suite, model: Any, examples: Examples) -> dict[str, str]:
     found = {"attention": str(model.config._attn_implementation)}
     if not suite.model.shape_only:
         found |= {"model weights": weights_hash(model), "training data": examples.hash}
-        if commit := hub.cached_commit(suite.model.path):
+        if commit := hub.cached_commit(suite.model.path, suite.model.revision):
             found["model commit"] = commit
     return found
 

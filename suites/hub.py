@@ -158,13 +158,15 @@ def is_cached(kind: str, path: str) -> bool:
     return bool(files) or any((prepared / folder).glob("*/*"))
 
 
-def cached_commit(model: str) -> str | None:
-    """The commit of the repository `model` that the hub's cache would give; None of a folder."""
+def cached_commit(model: str, revision: str | None = None) -> str | None:
+    """The commit of the repository `model` that the hub's cache has as `revision`; None of a
+    folder.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     if Path(model).exists() or not is_id(model):
         return None
-    found = try_to_load_from_cache(model, "config.json")
+    found = try_to_load_from_cache(model, "config.json", revision=revision)
     return Path(found).parent.name if isinstance(found, str) else None
 
 

@@ -44,7 +44,7 @@ def load_model(source: ModelSource, device: str) -> PreTrainedModel:
     if source.shape_only:
         model = random_model(source, device)
     else:
-        options = {**_weights(source), **whereabouts(source.path)}
+        options = {**_weights(source), **_place(source)}
         if source.quantize:  # from_pretrained quantises where the weights shall lie
             options["device_map"] = {"": device}
         model = AutoModelForCausalLM.from_pretrained(
@@ -83,7 +83,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     """
     if source.shape_only and source.path in SHAPES:
         return None
-    options = {"trust_remote_code": source.trust_remote_code, **whereabouts(source.path)}
+    options = {"trust_remote_code": source.trust_remote_code, **_place(source)}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
     except (ValueError, OSError) as error:  # whose first lines do not say of what
@@ -134,8 +134,14 @@ def config_of(source: ModelSource) -> PretrainedConfig:
     if source.path in SHAPES:
         return LlamaConfig(**SHAPES[source.path])
     return AutoConfig.from_pretrained(
-        source.path, trust_remote_code=source.trust_remote_code, **whereabouts(source.path)
+        source.path, trust_remote_code=source.trust_remote_code, **_place(source)
     )
+
+
+def _place(source: ModelSource) -> dict[str, Any]:
+    """The options of from_pretrained that say where the files are."""
+    revision = {} if source.revision is None else {"revision": source.revision}
+    return {**whereabouts(source.path), **revision}
 
 
 def _weights(source: ModelSource) -> dict[str, Any]:

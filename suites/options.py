@@ -69,8 +69,18 @@ def add_overrides(parser: Parser) -> None:
     """What changes a suite into another."""
     group = parser.add_argument_group("another suite: it has a name and a table of its own")
     add = group.add_argument
-    add("--model", type=_text, metavar="PATH", help="model folder or hub id")
-    add("--data", type=_text, metavar="PATH", help="JSONL or parquet file, or hub id")
+    add(
+        "--model",
+        type=_text,
+        metavar="PATH",
+        help="model folder or hub id, as owner/name or owner/name@commit",
+    )
+    add(
+        "--data",
+        type=_text,
+        metavar="PATH",
+        help="JSONL or parquet file, or hub id, as owner/name@commit",
+    )
     add("--tasks", type=_text, metavar="A,B", help="tasks of the suite; others as name:metric:role")
     add("--task-folder", type=_text, metavar="DIR", help="lm-eval YAML and copies of hub data sets")
     add("--steps", type=_count, metavar="N", help="train steps")

@@ -90,12 +90,16 @@ def _whole(name: str) -> Callable[[Suite, Any], Suite]:
     return lambda suite, value: dataclasses.replace(suite, **{name: value})
 
 
-def _model(suite: Suite, path: str) -> Suite:
-    return _part("model", "path")(suite, place(path))
+def _source(part: str) -> Callable[[Suite, str], Suite]:
+    """Changes where the suite's `part` comes from: a local path, or `owner/name@revision`."""
 
+    def change(suite: Suite, text: str) -> Suite:
+        path, _, revision = (text, "", "") if Path(text).exists() else text.partition("@")
+        source = getattr(suite, part)
+        found = dataclasses.replace(source, path=place(path), revision=revision or None)
+        return dataclasses.replace(suite, **{part: found})
 
-def _data(suite: Suite, path: str) -> Suite:
-    return _part("data", "path")(suite, place(path))
+    return change
 
 
 def _task_folder(suite: Suite, path: str) -> Suite:
@@ -114,8 +118,8 @@ def _budget(suite: Suite, text: str) -> Suite:
 
 #: Flag -> (how it changes a suite, what it adds to the suite's name).
 OVERRIDES: dict[str, tuple[Callable[[Suite, Any], Suite], Callable[[Any], str]]] = {
-    "model": (_model, _place_label("model")),
-    "data": (_data, _place_label("data")),
+    "model": (_source("model"), _place_label("model")),
+    "data": (_source("data"), _place_label("data")),
     "task_folder": (_task_folder, _place_label("asked")),
     "tasks": (_tasks, lambda text: f"tasks-{safe_name(text)}"),
     "steps": (_part("recipe", "num_steps"), lambda steps: f"steps{steps}"),

@@ -94,7 +94,9 @@ def _data_set(source: DataSource) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(source.path, name=source.subset, split=source.split)
+        return load_dataset(
+            source.path, name=source.subset, split=source.split, revision=source.revision
+        )
     except Exception as error:  # of datasets, the hub, the network and every file format
         what = f"subset {source.subset}, split {source.split}"
         first = str(error).strip().split("\n")[0]

@@ -41,6 +41,8 @@ class ModelSource:
     shape_only: bool = added(False)
     #: Whether Python code that lies beside the weights may be executed.
     trust_remote_code: bool = added(False)
+    #: Of a hub id: its commit, tag or branch; None is the newest of its main branch.
+    revision: str | None = added(None)
 
     def __post_init__(self) -> None:
         require(self.dtype in DTYPES, f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
@@ -78,6 +80,8 @@ class DataSource:
     mask_prompt: bool = added(True)
     #: Rows whose text is longer, in characters, are dropped.
     max_characters: int | None = added(None)
+    #: Of a hub id: its commit, tag or branch; None is the newest of its main branch.
+    revision: str | None = added(None)
 
     def __post_init__(self) -> None:
         for name in ("max_length", "num_examples", "max_characters"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 import torch
+from datasets import Dataset
 from pyarrow import parquet
 from transformers import ByT5Tokenizer
 
@@ -241,3 +242,17 @@ def test_long_data_load_at_a_million_tokens_in_seconds(tmp_path):
     examples = load_examples(DataSource(str(path)), hub_files.byte_tokenizer())
     assert time.monotonic() - started < 10
     assert [tokens.ids.nbytes for tokens in examples.tokens] == [4 * (5 + 2000)] * 500
+
+
+def test_data_of_the_hub_are_of_the_revision_asked_for(tokenizer, monkeypatch):
+    asked = []
+
+    def load_dataset(path, **options):
+        asked.append((path, options["revision"]))
+        return Dataset.from_list([row("who is it", " me")])
+
+    monkeypatch.setattr("suites.hub.stay_offline_if_unreachable", lambda: None)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for revision in (None, "abc"):
+        load_examples(DataSource("me/rows", revision=revision), tokenizer)
+    assert asked == [("me/rows", None), ("me/rows", "abc")]

@@ -7,11 +7,13 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from suites import hub, runner
 from suites.catalog import SUITES
 from suites.hub import missing_from_hub
+from suites.models import load_model, load_tokenizer
 from suites.overrides import override
 from suites.plan import Execution, plan
 from suites.runner import NotReadyError
@@ -55,6 +57,26 @@ def test_the_commit_of_a_cached_model_is_known(offline, caches):
     (folder / "refs" / "main").write_text(commit)
     assert hub.cached_commit("me/tiny") == commit
     assert hub.cached_commit(str(folder / "snapshots" / commit)) is None
+
+
+def test_a_revision_is_what_is_loaded(offline, caches, monkeypatch):
+    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
+    folder = caches / "models--me--tiny"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("a" * 40)
+    for commit, scale in (("a" * 40, 1.0), ("b" * 40, 2.0)):
+        path = hub_files.write_model(folder / "snapshots" / commit)
+        model = load_model(ModelSource(str(path), "float32"), "cpu")
+        with torch.no_grad():
+            model.lm_head.weight *= scale
+        model.save_pretrained(path)
+    newest, older = (
+        ModelSource("me/tiny", "float32", revision=revision) for revision in (None, "b" * 40)
+    )
+    weights = [load_model(source, "cpu").lm_head.weight for source in (newest, older)]
+    assert torch.equal(2 * weights[0], weights[1])
+    assert hub.cached_commit("me/tiny", older.revision) == older.revision
+    assert load_tokenizer(older) is not None
 
 
 @pytest.mark.parametrize("name", ["quickstart", "lab", "footprint", "footprint_tiny"])

@@ -65,6 +65,17 @@ def test_values_arrive():
     assert changed.budget.target_modules == small_suite().budget.target_modules
 
 
+def test_a_revision_comes_after_an_at_sign(tmp_path):
+    suite = override(small_suite(), model="me/tiny@abc", data="me/rows")
+    assert (suite.model.path, suite.model.revision) == ("me/tiny", "abc")
+    assert (suite.data.path, suite.data.revision) == ("me/rows", None)
+    assert suite.name.startswith("small-model-me--tiny--abc-")
+    assert suite.name != override(small_suite(), model="me/tiny", data="me/rows").name
+    (tmp_path / "a@b").mkdir()
+    local = override(suite, model=str(tmp_path / "a@b")).model
+    assert (local.path, local.revision) == (str(tmp_path / "a@b"), None)
+
+
 def test_folders_of_one_name_are_told_apart(tmp_path):
     for parent in "ab":
         (tmp_path / parent / "mine").mkdir(parents=True)
