@@ -86,7 +86,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     options = {"trust_remote_code": source.trust_remote_code, **_place(source)}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.path, **options)
-    except (ValueError, OSError) as error:  # whose first lines do not say of what
+    except ImportError:
+        raise
+    except Exception as error:  # of many classes, whose first lines do not say of what
         first = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{source.path} has no tokenizer that transformers can load, as tokenizer.json and "

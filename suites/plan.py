@@ -55,15 +55,26 @@ class Cell:
     @property
     def name(self) -> str:
         """`lora-r8-s0`; with a tuning that is not the suite's own, `lora-r8-lr0.001-wd0-s0`."""
-        parts = [self.method, self.suite.budget.label]
         is_own = self.split == "test" and self.tuning == self.suite.tunings.get(self.method)
-        if self.tuning is not None and not is_own:
+        return self._named(with_tuning=not is_own)
+
+    def _named(self, with_tuning: bool) -> str:
+        parts = [self.method, self.suite.budget.label]
+        if self.tuning is not None and with_tuning:
             parts += [f"lr{self.tuning.lr:g}", f"wd{self.tuning.weight_decay:g}"]
         return safe_name("-".join([*parts, f"s{self.seed}"]))
 
     def record_path(self, out: Path) -> Path:
         """The cell's file in the results folder `out`."""
         return records_folder(self.suite, out, self.split) / f"{self.name}.json"
+
+    def found_path(self, out: Path) -> Path:
+        """Where the cell's file is, if there is one: a search that picked the tuning, before it
+        became the suite's own, left it under another name.
+        """
+        own = self.record_path(out)
+        picked = own.with_name(f"{self._named(with_tuning=True)}.json")
+        return picked if picked.exists() and not own.exists() else own
 
     def log_path(self, out: Path) -> Path:
         """Where what the cell prints is kept."""

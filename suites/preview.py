@@ -52,7 +52,7 @@ def present(cells: Sequence[Cell], out: Path, way: Execution) -> int:
     records = earlier_records(out, _here(suite.device, way.num_processes))
     console = make_console()
     for cell in cells:
-        say(console, f"{'done ' if cell in done else 'to do'} {cell.record_path(out)}")
+        say(console, f"{'done ' if cell in done else 'to do'} {cell.found_path(out)}")
     rows, left_seconds = [], []
     obstacles: dict[str, list[str]] = {}
     estimates = _estimates(cells, way)

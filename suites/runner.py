@@ -62,7 +62,7 @@ def finished(cells: Sequence[Cell], out: Path) -> tuple[list[Cell], list[str]]:
     done, others = [], []
     with inputs.unchanged():
         for cell in cells:
-            path = cell.record_path(out)
+            path = cell.found_path(out)
             if not path.exists():
                 continue
             try:
@@ -83,7 +83,7 @@ def of_other_code(cells: Sequence[Cell], out: Path) -> list[Cell]:
 
     here, others = code_hash(), []
     for cell in cells:
-        environment = record.read(cell.record_path(out)).environment
+        environment = record.read(cell.found_path(out)).environment
         if environment is not None and environment.code_hash not in ("", here):
             others.append(cell)
     return others

@@ -37,7 +37,7 @@ def present(cells: Sequence[Cell], out: Path) -> int:
     if by_task["task"].nunique() > by_task["role"].nunique():
         tables["Tasks"] = scores(by_task)
     notes = [*rates(cells), *footnotes(frame, records)]
-    path_of = {(cell.method, cell.seed): cell.record_path(out) for cell in cells}
+    path_of = {(cell.method, cell.seed): cell.found_path(out) for cell in cells}
     files = {path_of[record.method_name, record.seed]: record for record in records}
     paths, unwritten = [], ""
     try:
@@ -72,7 +72,7 @@ def load(cells: Sequence[Cell], out: Path) -> tuple[list[Record], list[str]]:
 
 def _load(cell: Cell, out: Path) -> Record | str:
     """The cell's record, or why there is none."""
-    path = cell.record_path(out)
+    path = cell.found_path(out)
     if not path.exists() and is_locked(cell.lock_path(out)):
         return f"{progress.title(cell)} is being run by another process"
     try:

@@ -96,7 +96,7 @@ def _discard(checkpoints: Path) -> None:
 
 def _is_finished(cell: Cell, out: Path) -> bool:
     with suppress(record.DamagedRecordError):  # or there is none
-        return record.finishes(record.read(cell.record_path(out)), cell)
+        return record.finishes(record.read(cell.found_path(out)), cell)
     return False
 
 

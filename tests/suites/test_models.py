@@ -48,6 +48,13 @@ def test_a_tokenizer_without_padding_pads_with_eos(world_folder, tmp_path):
     assert again.chat_template == "{{ messages[0].content }}"
 
 
+def test_a_broken_tokenizer_is_named(tmp_path):
+    folder = hub_files.write_model(tmp_path)
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Nope"}}')
+    with pytest.raises(ValueError, match="has no tokenizer that transformers can load"):
+        load_tokenizer(ModelSource(str(folder)))
+
+
 def test_a_hub_model_out_of_reach_is_named_quickly(monkeypatch, tmp_path):
     # A port that nobody listens on stands for a hub that cannot be reached.
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")

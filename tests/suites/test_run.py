@@ -11,12 +11,13 @@ import time
 
 import pytest
 
-from suites import children, messages, record, run, runner, workers
+from suites import children, messages, record, run, runner, table, workers
 from suites.distributed import Rank
 from suites.embedded import default_cache_dir
 from suites.methods import METHODS
 from suites.plan import Execution, plan, plan_search
 from suites.progress import LineProgress
+from suites.suite import Tuning
 from tests.suites.arena import BROKEN, cell, finished, small_suite
 
 
@@ -372,6 +373,21 @@ class _Silent:
 
     def print(self, text, **options):
         self.lines.append(text)
+
+
+def test_picks_that_become_the_suites_own_are_not_run_again(tmp_path):
+    picked = Tuning(lr=0.5)
+    (at_pick,) = plan(small_suite(), ["lora"], [0], {"lora": picked})
+    record.write(finished(at_pick), at_pick.record_path(tmp_path))
+    own, other = (
+        plan(small_suite(tunings={"lora": tuning}), ["lora"], [0])[0]
+        for tuning in (picked, Tuning(lr=0.25))
+    )
+    assert runner.finished([own], tmp_path) == ([own], [])
+    assert table.load([own], tmp_path) == ([record.read(at_pick.record_path(tmp_path))], [])
+    assert runner.finished([other], tmp_path) == ([], [])
+    record.write(finished(own, target=0.25), own.record_path(tmp_path))
+    assert table.load([own], tmp_path)[0][0].scores["t"].value == 0.25
 
 
 def test_a_report_runs_nothing(arena, tmp_path, capsys):
