@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -50,8 +51,10 @@ def html(
         parts.append(f'<img alt="quality and cost" src="data:image/png;base64,{image}">')
     parts += ["<h2>Cells</h2>", cells(records).to_html(index=False, border=0, escape=False)]
     parts += ["<h2>Software</h2>", versions(records.values()).to_html(index=False, border=0)]
-    suite = json.dumps(next(iter(records.values())).suite, indent=1)
-    parts.append(f"<h2>Suite</h2><details><pre>{escape(suite)}</pre></details>")
+    suite = next(iter(records.values())).suite
+    for title, values in {"Methods": settings(records.values()), "Suite": suite}.items():
+        text = escape(json.dumps(values, indent=1))
+        parts.append(f"<h2>{title}</h2><details><pre>{text}</pre></details>")
     head = f'<meta charset="utf-8"><title>{escape(name)}</title><style>{STYLE}</style>'
     return "\n".join(["<!doctype html>", '<html lang="en">', head, *parts, "</html>\n"])
 
@@ -75,6 +78,20 @@ def cells(records: Mapping[str, Record]) -> pd.DataFrame:
         row = {escape(key): escape(value) for key, value in words.items()}
         rows.append({**row, "record": f'<a href="{escape(path)}">JSON</a>'})
     return pd.DataFrame(rows)
+
+
+def settings(records: Iterable[Record]) -> dict[str, Any]:
+    """Method -> its hyper-parameters, with what was solved from the budget, and its optimizer's."""
+    return {
+        record.method_name: {
+            "options": record.method["options"],
+            "tuning": record.tuning,
+            "adapter": record.size.adapter_config if record.size else {},
+            "optimizer": record.training.optimizer,
+        }
+        for record in records
+        if record.status == "ok"
+    }
 
 
 def versions(records: Iterable[Record]) -> pd.DataFrame:

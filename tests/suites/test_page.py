@@ -1,6 +1,7 @@
 """The figure and the page of a table."""
 
 import dataclasses
+import json
 import re
 from html import unescape
 
@@ -30,6 +31,9 @@ def test_the_page_has_tables_cells_software_and_the_figure(written):
         assert words in page
     assert "failed: no &lt;luck&gt; &amp; less" in page
     assert page.count(">JSON</a>") == 4
+    shown = json.loads(unescape(page.split("<h2>Methods</h2><details><pre>")[1].split("</pre>")[0]))
+    assert shown["lora"]["options"]["alpha_over_rank"] == 2.0
+    assert shown["full"]["tuning"] == {"lr": 1e-3, "weight_decay": 0.0}
     assert ("data:image/png;base64," in page) == (out / "figures" / "small.png").exists()
 
 
