@@ -16,6 +16,7 @@ from baselines.full import Full
 from baselines.lora import Lora, solve_ranks
 from baselines.prefix import Prefix, initialize
 from baselines.supertuning import Supertuning, solve_sparsity
+from suites.catalog import LLAMA_PROJECTIONS
 from suites.methods import METHODS
 from suites.suite import Budget
 from tests.baselines.llama import BATCH, budget, logits, make_llama, train
@@ -222,3 +223,35 @@ def test_a_prefix_ends_with_a_table_of_places():
 def test_too_few_for_sparse_and_low_rank_is_refused(model):
     with pytest.raises(ValueError, match=r"supra cannot have as few as 100 weights \(budget 100\)"):
         Supertuning("supra", 0.5, True, 2.0).prepare(model, budget("100"), 10)
+
+
+def test_lora_has_the_dropout_that_it_is_told(model):
+    found = Lora(dropout=0.25).prepare(model, Budget(2, LLAMA_PROJECTIONS), 1).model
+    rates = {module.p for module in found.modules() if isinstance(module, torch.nn.Dropout)}
+    assert rates == {0.25}
+
+
+@pytest.mark.parametrize("select_top", [True, False])
+def test_supra_has_the_alpha_and_the_support_that_it_is_told(model, select_top):
+    asked = Budget(4, LLAMA_PROJECTIONS)
+    found = Supertuning("supra", 0.5, select_top, alpha_over_rank=3.0).prepare(model, asked, 1)
+    config = found.model.peft_config["default"]
+    assert (config.lora_alpha, config.select_top) == (3.0 * config.r, select_top)
+    assert config.r > 1
+
+
+def test_targets_of_the_config_come_before_the_budgets():
+    found = make_config("LORA", {"target_modules": ["v_proj"]}, ("q_proj",))
+    assert list(found.target_modules) == ["v_proj"]
+
+
+def test_weight_decay_reaches_the_optimizer(model):
+    optimizer = Full().prepare(model, None, 1).optimizer(1e-3, 0.5)
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (1e-3, 0.5)
+
+
+def test_counting_leaves_the_config_as_it_is(model):
+    config = make_config("RANDLORA", {"r": 2}, ("q_proj",))
+    before = config.to_dict()
+    sizing.count_trainable(model, config)
+    assert config.to_dict() == before

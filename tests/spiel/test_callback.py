@@ -1,5 +1,7 @@
 """SpIEL inside transformers' Trainer: it trains, and it survives being killed."""
 
+from types import SimpleNamespace
+
 import peft
 import pytest
 import torch
@@ -171,3 +173,26 @@ def test_of_several_active_adapters_the_named_one_is_trained(tmp_path):
         after = spiel.get_deltas(model, name)
         same = [torch.equal(own[0], after[key][0]) for key, own in before[name].items()]
         assert all(same) is not changes
+
+
+@pytest.mark.parametrize(("has_stepped", "told"), [(True, ["step"]), (False, ["skip_step"])])
+def test_the_reselector_is_told_of_each_step_and_of_each_that_was_skipped(has_stepped, told):
+    calls, callback = [], spiel.SpielCallback()
+    callback.reselector = SimpleNamespace(
+        optimizer_has_stepped=has_stepped,
+        step=lambda: calls.append("step"),
+        skip_step=lambda: calls.append("skip_step"),
+    )
+    callback.on_step_end(None, None, None)
+    assert calls == told
+
+
+def test_a_training_that_failed_or_ended_leaves_no_reselector_behind(tmp_path):
+    trainer = make_trainer(tmp_path, kill_at=4, save_strategy="no")
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    before = len(optimizer._optimizer_step_pre_hooks)
+    with pytest.raises(Killed):
+        trainer.train()
+    trainer.remove_callback(Kill)
+    trainer.train()
+    assert len(optimizer._optimizer_step_pre_hooks) == before

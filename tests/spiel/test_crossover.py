@@ -214,3 +214,28 @@ def test_kernels_are_tried_once_and_used_only_where_they_run(action, runs, monke
         assert [crossover.kernels_run(torch.device("cpu")) for _ in range(2)] == [runs, runs]
     assert tried.num_calls == 1
     assert ["no C compiler" in str(each.message) for each in said] == [True] * (action is fail)
+
+
+def test_the_crossover_is_measured_again_for_other_code(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    keys = set()
+    for text in "ab":
+        for name in ("triton_kernels.py", "blocked.py"):
+            (tmp_path / name).write_text("same")
+        for name in ("blocked.py", "triton_kernels.py"):
+            (tmp_path / name).write_text(text + name)
+            monkeypatch.setattr(crossover, "__file__", str(tmp_path / "crossover.py"))
+            crossover.machine_key.cache_clear()
+            keys.add(crossover.machine_key(torch.device("cpu"), torch.float32))
+    crossover.machine_key.cache_clear()
+    assert len(keys) == 4
+
+
+def test_the_crossover_is_one_for_each_dtype(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    crossover.machine_key.cache_clear()
+    keys = {
+        crossover.machine_key(torch.device("cpu"), own) for own in (torch.float32, torch.bfloat16)
+    }
+    crossover.machine_key.cache_clear()
+    assert len(keys) == 2

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import spiel
+from spiel.delta_layer import layer_of
 from spiel.model import spiel_layers
 from suites.measure import saved_for_backward_bytes
 
@@ -268,3 +269,99 @@ def test_autograd_keeps_less_than_with_lora(llama, adapt, autocast):
             saved_for_backward_bytes(each, {"input_ids": ids, "labels": ids}) for each in models
         ]
     assert 0 < kept[1] < 0.8 * kept[0]
+
+
+def test_a_cast_along_with_a_move_moves_the_deltas_and_leaves_their_dtype(two_layers, adapt):
+    model = adapt(two_layers())
+    model.to(device="meta", dtype=torch.bfloat16)
+    for layer in spiel_layers(model)[1].values():
+        deltas = layer.spiel_deltas["default"]
+        assert (deltas.device.type, deltas.dtype) == ("meta", torch.float32)
+
+
+def test_the_layer_of_deltas_comes_with_their_own_adapter(two_layers, adapt):
+    model = adapt(two_layers())
+    model.add_adapter("other", spiel.SpielConfig(num_tunable_weights=20))
+    model.base_model.set_adapter(["default", "other"])
+    model(torch.randn(4, 12))
+    for layer in spiel_layers(model, "other")[1].values():
+        for name in ("default", "other"):
+            assert layer_of(layer.spiel_deltas[name]) == (layer, name)
+
+
+def test_a_support_that_was_set_is_a_copy(two_layers, adapt):
+    model = adapt(two_layers())
+    indices = spiel.get_deltas(model)["first"][0]
+    given = indices.clone()
+    spiel.set_support(model, {"first": given})
+    given.zero_()
+    assert torch.equal(spiel.get_deltas(model)["first"][0], indices)
+
+
+def test_a_deleted_adapter_is_no_longer_observed(two_layers, adapt):
+    model = adapt(
+        two_layers(),
+        initial_reselection_rate=0.2,
+        reselection_steps=5,
+        selection_accumulation_steps=2,
+    )
+    reselector = spiel.Reselector(model, spiel.SpielAdamW(model, lr=0.01), 20)
+    layers = spiel_layers(model)[1].values()
+    assert all(layer.observers for layer in layers)
+    model.add_adapter("other", spiel.SpielConfig(num_tunable_weights=20))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    assert not any(layer.observers for layer in layers)
+    assert reselector
+
+
+def test_merged_deltas_that_were_disabled_are_there_again(two_layers, adapt):
+    base = two_layers()
+    model = adapt(copy.deepcopy(base))
+    x = torch.randn(4, 12)
+    expected = model(x)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(x), base(x))
+    assert torch.equal(model(x), expected)
+
+
+def test_a_copy_of_a_merged_model_is_unmerged_though_its_deltas_changed(
+    two_layers, adapt, fill, assert_pristine
+):
+    base = two_layers()
+    model = adapt(copy.deepcopy(base))
+    model.merge_adapter()
+    other = copy.deepcopy(model)
+    fill(other)
+    other.unmerge_adapter()
+    assert_pristine(other, base)
+
+
+def test_the_deltas_of_a_copy_know_its_layers(two_layers, adapt):
+    copied = copy.deepcopy(adapt(two_layers()))
+    copied(torch.randn(4, 12))
+    for layer in spiel_layers(copied)[1].values():
+        assert layer_of(layer.spiel_deltas["default"]) == (layer, "default")
+
+
+def test_a_cast_leaves_merged_adapters_merged(two_layers, adapt):
+    model = adapt(two_layers())
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    for layer in spiel_layers(model)[1].values():
+        assert layer.merged_adapters == ["default"]
+        assert layer.live_adapters == ("default",)
+
+
+def test_trls_reference_stays_while_the_adapter_trains(two_layers, adapt):
+    model = adapt(two_layers())
+    model.add_adapter("ref", model.peft_config["default"])
+    before = spiel.get_deltas(model, "ref")
+    for layer in spiel_layers(model)[1].values():
+        assert torch.equal(layer.spiel_deltas["ref"], layer.spiel_deltas["default"])
+        with torch.no_grad():
+            layer.spiel_deltas["default"].add_(1.0)
+    for name, (indices, values) in spiel.get_deltas(model, "ref").items():
+        assert torch.equal(indices, before[name][0])
+        assert torch.equal(values, before[name][1])

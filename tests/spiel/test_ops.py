@@ -9,7 +9,10 @@ import torch
 from spiel import ops
 from spiel.live import LiveEntries
 from spiel.ops import blocked, optional, reference
+from spiel.ops.blocked import _highest, sampled_gradients
 from spiel.ops.product import Product, flat, formed
+from spiel.ops.transposed import forget_operands, last_left, last_right
+from spiel.ranking import largest
 from spiel.support import random_support
 
 #: Those that run wherever torch does; the kernels have tests of their own in test_triton.py.
@@ -442,3 +445,61 @@ def test_the_block_of_products_is_let_go_of():
     assert len(blocked._kept.block) >= 40 * 33
     ops.forget()
     assert blocked._kept.block is None
+
+
+def test_operands_of_both_sides_are_let_go():
+    for last in (last_left, last_right):
+        last(torch.ones(3, 2), torch.float32)
+    forget_operands()
+    assert last_left._kept is None
+    assert last_right._kept is None
+
+
+def test_a_copy_made_in_another_way_is_no_copy_of_this_one():
+    operand = torch.arange(6.0).view(3, 2)
+    one = last_left(operand, torch.float32)
+    other = last_left(operand, torch.float32, lambda x, dtype: torch.zeros(2, 16, dtype=dtype))
+    forget_operands()
+    assert (one.shape, other.shape) == ((2, 3), (2, 16))
+
+
+def test_entries_are_written_from_tensors_that_are_not_contiguous():
+    from spiel.ops import triton_kernels
+
+    weight, expected = torch.zeros(4, 5), torch.zeros(20)
+    indices, originals, deltas = (
+        torch.stack([own, torch.zeros_like(own)], dim=1)[:, 0]
+        for own in (torch.tensor([1, 7, 19], dtype=torch.int32), torch.rand(3), torch.rand(3))
+    )
+    assert not indices.is_contiguous()
+    expected[indices.long()] = originals + deltas
+    triton_kernels.write_entries(weight, indices, originals, deltas)
+    assert torch.equal(weight.flatten(), expected)
+
+
+def test_another_view_of_the_same_memory_is_copied_anew():
+    square = torch.arange(9.0).view(3, 3)
+    for view in (square, square.t(), square[:2]):
+        assert torch.equal(last_left(view, torch.float32), view.t())
+    forget_operands()
+
+
+@pytest.mark.parametrize("other", ["indices", "bounds"])
+def test_where_a_support_is_cut_follows_what_is_written_into_it(monkeypatch, other):
+    left, right = torch.randn(5, 64), torch.randn(5, 8)
+    indices = torch.tensor([1, 130, 300], dtype=torch.int32)
+    monkeypatch.setattr(blocked, "WORKSPACE_BYTES", 16 * 8 * blocked._BYTES_PER_ENTRY)
+    sampled_gradients(left, right, [indices])
+    if other == "indices":
+        indices.copy_(torch.tensor([400, 401, 500]))
+    else:
+        monkeypatch.setattr(blocked, "WORKSPACE_BYTES", 24 * 8 * blocked._BYTES_PER_ENTRY)
+    (found,) = sampled_gradients(left, right, [indices])
+    torch.testing.assert_close(found, (left.T @ right).flatten()[indices.long()])
+
+
+def test_a_sample_that_lets_too_few_through_is_done_without():
+    entries = torch.zeros(2**16)
+    entries[:: blocked.SAMPLE_STRIDE] = 1.0
+    where, found = _highest(entries, torch.abs, largest, 2**13)
+    assert (len(where), len(found), int(found.sum())) == (2**13, 2**13, int(entries.sum()))

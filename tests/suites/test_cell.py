@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from suites import catalog, record
 from suites import cell as cell_module
 from suites.distributed import Rank
 from suites.plan import Execution
+from suites.steps import StepMeter
 from suites.suite import Recipe, Task
-from suites.train import DivergedError
+from suites.train import DivergedError, LossWatch
 from tests.suites.arena import cell, small_suite
 
 
@@ -192,3 +194,24 @@ def test_matched_is_within_one_percent(met, matched):
     found = cell_module.size(contestant, 1000, 100)
     assert found.matched is matched
     assert found.trainable_dtypes == ("bfloat16",)
+
+
+def test_gradient_checkpointing_keeps_less_for_backward(run_small):
+    kept = [
+        run_small("lora", suite=small_suite(recipe=Recipe(2, 4, gradient_checkpointing=on)))[0]
+        for on in (False, True)
+    ]
+    assert [found.status for found in kept] == ["ok", "ok"]
+    assert kept[1].size.saved_for_backward_bytes < 0.8 * kept[0].size.saved_for_backward_bytes
+    assert len(kept[0].training.yardstick_seconds) == 2
+
+
+def test_what_was_dropped_is_not_what_was_truncated():
+    class Cut(list):
+        num_dropped, num_truncated = 3, 5
+
+    history = SimpleNamespace(resumed_at=())
+    work = SimpleNamespace(rank=Rank(), checkpoints=SimpleNamespace(history=history))
+    watch = LossWatch(lambda step, loss: None)
+    found = cell_module._training(work, Cut([1, 2]), StepMeter("cpu"), watch)
+    assert (found.num_examples, found.num_dropped, found.num_truncated) == (2, 3, 5)

@@ -85,3 +85,12 @@ os.write(kept, repr(set(asked)).encode())
     assert on_a_gpu(script, arguments) == "{'5,6'}"
     found = record.read(of.record_path(tmp_path))
     assert found.reason.endswith("'cuda:5' is not here: torch sees no such GPU")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shown"), [(None, "4,5"), ("cuda:1", "5,6"), ("cpu", "4,5,6,7")]
+)
+def test_ranks_see_the_gpus_from_the_first_wanted_on(monkeypatch, wanted, shown):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    Rank(0, 2).show_gpus(wanted)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == shown

@@ -256,3 +256,34 @@ def test_data_of_the_hub_are_of_the_revision_asked_for(tokenizer, monkeypatch):
     for revision in (None, "abc"):
         load_examples(DataSource("me/rows", revision=revision), tokenizer)
     assert asked == [("me/rows", None), ("me/rows", "abc")]
+
+
+@pytest.mark.parametrize("subset", ["one", "two"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_subset_and_the_split_that_are_named_are_read(
+    tokenizer, tmp_path, monkeypatch, subset, split
+):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = {
+        name: {part: [row("who", f" {word}")] for part, word in words.items()}
+        for name, words in {
+            "one": {"train": "me", "test": "you"},
+            "two": {"train": "it", "test": "is"},
+        }.items()
+    }
+    folder = hub_files.write_repository(tmp_path, "some/data", rows)
+    (example,) = load_examples(DataSource(str(folder), subset=subset, split=split), tokenizer)
+    (expected,) = rows[subset][split]
+    assert tokenizer.decode(example["input_ids"][-2:-1]).strip() == expected["completion"].strip()
+
+
+def test_an_empty_line_counts_where_a_bad_one_is_named(write, tokenizer):
+    with pytest.raises(ValueError, match="line 3: broken JSON"):
+        load_examples(DataSource(write(row("who", " me"), "", "{")), tokenizer)
+
+
+def test_templates_come_before_messages(write, tokenizer):
+    both = {"query": "who", "answer": " me", "messages": [{"role": "user", "content": "is"}]}
+    source = DataSource(write(both), prompt="{query}", completion="{answer}")
+    (example,) = load_examples(source, tokenizer)
+    assert example["labels"][-2:] == [ME, EOS]

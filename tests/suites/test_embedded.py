@@ -198,3 +198,24 @@ def test_choices_are_different_and_answers_are_anywhere():
 def test_a_world_that_cannot_be_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         World(**change)
+
+
+def test_retention_asks_only_what_training_does_not_change():
+    splits = embedded_facts.splits(World())
+    changed = {parts(row["prompt"])[1] for row in splits["train"]}
+    asked = {
+        name: {parts(row["query"])[1] for row in rows}
+        for name, rows in splits.items()
+        if "_" in name
+    }
+    assert asked["target_dev"] == asked["target_test"] == changed
+    assert not changed & (asked["retention_dev"] | asked["retention_test"])
+
+
+def test_questions_are_about_all_entities_alike():
+    world = World()
+    splits, facts = embedded_facts.splits(world), embedded_facts.draw(world)
+    asked = {parts(row["query"])[0] for row in splits["retention_test"]}
+    names = [facts.entities[entity] for entity in facts.shown_test + facts.test]
+    for half in names[: len(names) // 2], names[len(names) // 2 :]:
+        assert len(asked & set(half)) > 0.3 * len(asked)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import random
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import yaml
 
 from suites.catalog import LLAMA_PROJECTIONS
-from suites.evaluate import check, evaluate, flaw
+from suites.evaluate import _code_execution, check, evaluate, flaw
 from suites.harness import Harness
 from suites.methods import METHODS
 from suites.models import load_model, load_tokenizer
@@ -152,25 +153,6 @@ def test_prompts_without_room_are_counted(loaded, tasks):
     assert evaluate(model, tokenizer, [ask], folder, 4)["said"].num_cut == 2
 
 
-def test_tasks_that_shuffle_ask_the_same_of_every_model(loaded, tasks):
-    folder = tasks("shuffled", process_docs="!function own.shuffled")
-    text = (Path(folder) / "shuffled.yaml").read_text()
-    (Path(folder) / "shuffled.yaml").write_text(
-        text.replace("'!function own.shuffled'", "!function own.shuffled")
-    )
-    (Path(folder) / "own.py").write_text(
-        "import random\n"
-        "def shuffled(rows):\n"
-        "    mixed = [{**row, 'choices': random.sample(row['choices'], 4)} for row in rows]\n"
-        "    return type(rows).from_list(mixed)\n"
-    )
-    ask, hashes = Task("shuffled", "acc,none", "target"), set()
-    for seed in range(3):
-        random.seed(seed)
-        hashes.add(evaluate(*loaded, [ask], folder, 4)["shuffled"].items_hash)
-    assert len(hashes) == 1
-
-
 def test_the_first_value_that_is_not_finite_is_named():
     items = (1.0, 0.0, 1.0), (0, 1, 0), {"algebra": 2, "anatomy": 1}
     score = TaskScore(0.5, "acc,none", "target", "test", 3, *items)
@@ -216,3 +198,102 @@ def test_what_would_be_refused_after_training_is_known_before(world_folder, chan
     check([TARGET, RETENTION], tasks)
     with pytest.raises(ValueError, match=message):
         check([RETENTION, dataclasses.replace(TARGET, **change)], tasks)
+
+
+def test_a_prompt_without_room_loses_its_beginning_and_one_that_just_fits_nothing(loaded):
+    harness = Harness(*loaded, 4)
+    text = " ".join(loaded[1].convert_ids_to_tokens(range(5, 9)))
+    (whole,), _ = harness.tok_batch_encode([text])
+    ids, mask = harness.tok_batch_encode([text], left_truncate_len=len(whole))
+    assert (ids.tolist(), harness.num_cut) == ([whole.tolist()], 0)
+    ids, mask = harness.tok_batch_encode([text], left_truncate_len=2)
+    assert (ids.tolist(), mask.tolist(), harness.num_cut) == ([whole[-2:].tolist()], [[1, 1]], 1)
+
+
+def test_shorter_prompts_are_padded_at_their_beginning(loaded):
+    harness = Harness(*loaded, 4)
+    words = loaded[1].convert_ids_to_tokens(range(5, 9))
+    _, mask = harness.tok_batch_encode([" ".join(words), words[0]])
+    assert mask[1].tolist() == sorted(mask[1].tolist())
+    assert mask[1].tolist() != mask[0].tolist()
+
+
+def test_random_generators_are_left_as_they_were_whatever_that_was(loaded, world_folder):
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    for seeded in (random.seed, np.random.seed, torch.manual_seed):
+        seeded(99)
+    before = states()
+    evaluate(*loaded, [TARGET], str(world_folder / "tasks"), 64)
+    assert states() == before
+
+
+DRAWS = {
+    "random": "random.sample(row['choices'], 4)",
+    "numpy": "numpy.random.permutation(row['choices']).tolist()",
+    "torch": "[row['choices'][i] for i in torch.randperm(4)]",
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_tasks_that_shuffle_by_any_generator_ask_the_same(loaded, tasks, draw):
+    folder = tasks("shuffled", process_docs="!function own.shuffled")
+    text = (Path(folder) / "shuffled.yaml").read_text()
+    (Path(folder) / "shuffled.yaml").write_text(
+        text.replace("'!function own.shuffled'", "!function own.shuffled")
+    )
+    (Path(folder) / "own.py").write_text(
+        "import random, numpy, torch\n"
+        "def shuffled(rows):\n"
+        f"    return type(rows).from_list([{{**row, 'choices': {draw}}} for row in rows])\n"
+    )
+    ask, hashes = Task("shuffled", "acc,none", "target"), set()
+    for seed in range(3):
+        for seeded in (random.seed, np.random.seed, torch.manual_seed):
+            seeded(seed)
+        hashes.add(evaluate(*loaded, [ask], folder, 4)["shuffled"].items_hash)
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_what_the_user_allows_is_as_it_was_after_a_task_that_runs_code(monkeypatch, before):
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    if before is not None:
+        monkeypatch.setenv("HF_ALLOW_CODE_EVAL", before)
+    with _code_execution(Task("t", "acc,none", "target", runs_code=True), allowed=True):
+        assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
+    assert os.environ.get("HF_ALLOW_CODE_EVAL") == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"doc_to_text": "other {{n}}"}, {"doc_to_target": 1}],
+    ids=["prompt", "answer"],
+)
+def test_another_prompt_or_answer_is_another_items_hash(loaded, tasks, change):
+    ask = Task("asked", "acc,none", "target")
+    before = evaluate(*loaded, [ask], tasks("asked"), 4)["asked"].items_hash
+    assert evaluate(*loaded, [ask], tasks("asked"), 4)["asked"].items_hash == before
+    assert evaluate(*loaded, [ask], tasks("asked", **change), 4)["asked"].items_hash != before
+
+
+def test_of_two_filters_the_named_one_gives_the_items(loaded, tasks):
+    said = {"output_type": "generate_until", "generation_kwargs": {"max_gen_toks": 2}}
+    filters = [
+        {"name": "first", "filter": [{"function": "take_first"}]},
+        {"name": "second", "filter": [{"function": "take_first"}]},
+    ]
+    metric = {"metric_list": [{"metric": "exact_match"}], "doc_to_choice": None}
+    folder = tasks("said", doc_to_target="a", filter_list=filters, **said, **metric)
+    found = evaluate(*loaded, [Task("said", "exact_match,second", "target")], folder, 4)["said"]
+    assert (found.num_items, found.doc_ids) == (3, (0, 1, 2))
+
+
+def test_each_task_has_its_own_number_of_cut_prompts(loaded, tasks):
+    word = loaded[1].convert_ids_to_tokens(5)
+    folder = tasks("long", doc_to_text=" ".join([word] * 70))
+    tasks("short", doc_to_text=word)
+    asked = [Task(name, "acc,none", "target") for name in ("long", "short")]
+    found = evaluate(*loaded, asked, folder, 4)
+    assert (found["long"].num_cut, found["short"].num_cut) == (12, 0)

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from suites import runner
-from suites.inputs import fingerprint
+from suites.inputs import fingerprint, unchanged
 from suites.suite import DataSource, ModelSource
 from tests.suites.arena import cell, small_suite
 
@@ -109,3 +109,57 @@ def test_results_may_not_lie_in_what_is_read(tasks, tmp_path):
     with pytest.raises(runner.NotReadyError, match=r"results lies in .*tasks.*--out outside of it"):
         runner.check_folder(tasks / "results", [cell(suite=suite)])
     assert not (tasks / "results").exists()
+
+
+@pytest.mark.parametrize("source", [DataSource, ModelSource])
+def test_a_file_of_the_same_size_in_a_folder_counts_by_its_time(tmp_path, source):
+    part = {DataSource: "data", ModelSource: "model"}[source]
+    file = tmp_path / "copy" / "model.safetensors"
+    write(file, "weights")
+    before = hash_with(**{part: source(str(tmp_path / "copy"))})
+    write(file, "WEIGHTS")
+    os.utime(file, ns=(0, 0))
+    assert hash_with(**{part: source(str(tmp_path / "copy"))}) != before
+
+
+def test_a_renamed_file_in_a_folder_counts(tmp_path):
+    write(tmp_path / "copy" / "train.parquet", "rows")
+    before = hash_with(data=DataSource(str(tmp_path / "copy")))
+    (tmp_path / "copy" / "train.parquet").rename(tmp_path / "copy" / "test.parquet")
+    assert hash_with(data=DataSource(str(tmp_path / "copy"))) != before
+
+
+def test_renamed_questions_make_another_cell(tasks):
+    before = hash_with(task_folder=str(tasks))
+    (tasks / "own.jsonl").rename(tasks / "other.jsonl")
+    assert hash_with(task_folder=str(tasks)) != before
+
+
+def test_data_named_from_the_working_directory_count(tasks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "here" / "asked.jsonl", "{}")
+    write(tasks / "mine.yaml", "task: mine\ndataset_kwargs: {data_files: here/asked.jsonl}\n")
+    before = hash_with(task_folder=str(tasks))
+    write(tmp_path / "here" / "asked.jsonl", "{ }")
+    assert hash_with(task_folder=str(tasks)) != before
+
+
+def test_data_that_yaml_in_a_folder_within_names_count(tasks, tmp_path):
+    write(
+        tasks / "within" / "more.yaml",
+        "task: more\ndataset_kwargs: {data_files: ../../far.jsonl}\n",
+    )
+    write(tmp_path / "far.jsonl", "{}")
+    before = hash_with(task_folder=str(tasks))
+    write(tmp_path / "far.jsonl", "{ }")
+    assert hash_with(task_folder=str(tasks)) != before
+
+
+def test_files_are_looked_at_once_within_the_context_and_again_after_it(tasks):
+    suite = small_suite(task_folder=str(tasks))
+    with unchanged():
+        before = fingerprint(suite)
+        assert fingerprint(small_suite()) != before
+        write(tasks / "own.jsonl", "{ }")
+        assert fingerprint(suite) == before
+    assert fingerprint(suite) != before

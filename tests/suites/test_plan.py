@@ -119,3 +119,26 @@ def test_unfair_searches_are_refused(grids, methods, message):
 
 def test_nearest_first():
     assert nearest("spile", ["base", "spiel", "lora"])[0] == "spiel"
+
+
+def test_a_description_decides_nothing():
+    entry = dataclasses.replace(cell().entry, description="in other words")
+    assert dataclasses.replace(cell(), entry=entry).hash == cell().hash
+
+
+def test_cells_of_other_settings_share_no_checkpoint_artifact_or_log():
+    out, one = Path("results"), cell()
+    other = dataclasses.replace(one, entry=dataclasses.replace(one.entry, options={"dropout": 0.1}))
+    assert one.name == other.name
+    assert one.checkpoints(out) != other.checkpoints(out)
+    assert one.artifact_path(out) != other.artifact_path(out)
+
+
+def test_a_trial_and_the_cell_that_it_picks_share_no_log_or_lock():
+    out = Path("results")
+    trial, picked = (
+        dataclasses.replace(cell(split=split), tuning=Tuning(0.5)) for split in ("dev", "test")
+    )
+    assert trial.name == picked.name
+    assert trial.log_path(out) != picked.log_path(out)
+    assert trial.lock_path(out) != picked.lock_path(out)

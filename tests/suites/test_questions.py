@@ -263,3 +263,61 @@ def test_metamath_marks_as_peft_does(said, right, mark):
 def test_byte_likelihood_is_that_of_a_byte():
     marks = general_text.byte_likelihood({"page": "abcd"}, [-8.0])
     assert marks == {"byte_likelihood": pytest.approx(0.1353, abs=1e-4)}
+
+
+def test_a_group_of_other_items_has_another_hash(loaded, folder):
+    before = score(loaded, "by_size", folder).items_hash
+    assert before == score(loaded, "by_task", folder).items_hash != ""
+    path = Path(folder) / "few.jsonl"
+    path.write_text(path.read_text().replace("Which", "What"))
+    assert score(loaded, "by_size", folder).items_hash != before
+
+
+def test_what_an_outer_group_says_counts_more_and_what_a_group_says_of_one_task_most(folder):
+    (Path(folder) / "inner.yaml").write_text(
+        "group: inner\ntask: [few, {task: many, num_fewshot: 3}]\nnum_fewshot: 1\n"
+    )
+    (Path(folder) / "outer.yaml").write_text("group: outer\ntask: [inner]\nnum_fewshot: 2\n")
+    found = {leaf.name: leaf.said["num_fewshot"] for leaf in questions.subtasks("outer", folder)}
+    assert found == {"few": 2, "many": 3}
+
+
+def test_the_examples_before_a_question_are_the_same_each_time(loaded, folder):
+    asked = [score(loaded, "many", folder, num_fewshot=2).items_hash for _ in range(3)]
+    assert len(set(asked)) == 1
+
+
+def test_a_group_weighs_each_metric_as_it_says(folder):
+    (Path(folder) / "two.yaml").write_text(
+        "group: two\ntask: [few, many]\naggregate_metric_list:\n"
+        "- {metric: acc, weight_by_size: false}\n- {metric: acc_norm, weight_by_size: true}\n"
+    )
+    weighed = [
+        questions.weighs_by_size(Task("two", f"{metric},none", "target"), folder)
+        for metric in ("acc", "acc_norm")
+    ]
+    assert weighed == [False, True]
+
+
+def test_a_task_of_the_users_comes_before_one_of_ours(folder):
+    text = (Path(folder) / "few.yaml").read_text().replace("task: few", "task: general_text")
+    (Path(folder) / "mine.yaml").write_text(text)
+    (leaf,) = questions.subtasks("general_text", folder)
+    assert leaf.folder == Path(folder)
+
+
+def test_what_else_a_task_says_of_its_data_files_is_kept(folder):
+    path = Path(folder) / "few.yaml"
+    path.write_text(path.read_text().replace("dataset_kwargs: {", "dataset_kwargs: {field: rows, "))
+    (leaf,) = questions.subtasks("few", folder)
+    kwargs = questions._data(leaf, folder)["dataset_kwargs"]
+    assert kwargs["field"] == "rows"
+    assert kwargs["data_files"]["test"] == str((Path(folder) / "few.jsonl").resolve())
+
+
+def test_tasks_that_filter_otherwise_are_of_another_kind(folder):
+    path = Path(folder) / "many.yaml"
+    path.write_text(
+        path.read_text() + "filter_list: [{name: own, filter: [{function: take_first}]}]\n"
+    )
+    assert questions.one_of_each_kind("by_size", folder) == ["few", "many"]

@@ -131,3 +131,24 @@ def test_a_score_that_cannot_be_is_damage(path, change, told):
     path.write_text(json.dumps(values))
     with pytest.raises(DamagedRecordError, match=told):
         record.read(path)
+
+
+def test_a_finished_record_is_kept_where_force_fails_or_the_world_is_another(tmp_path):
+    path = tmp_path / "lora-r2-s0.json"
+    before, kept = finished(cell()), tmp_path / "replaced"
+    record.write(before, path)
+    record.write(Record.of(cell(), "failed", "no", record.now(), world=before.world), path)
+    (file,) = kept.iterdir()
+    assert record.read(file) == before
+    file.unlink()
+    record.write(before, path)
+    record.write(dataclasses.replace(before, world="another"), path)
+    (file,) = kept.iterdir()
+    assert record.read(file) == before
+
+
+def test_records_of_several_settings_are_kept_beside_each_other(tmp_path):
+    path, kept = tmp_path / "lora-r2-s0.json", tmp_path / "replaced"
+    for name in "abc":
+        record.write(dataclasses.replace(finished(cell()), cell_hash=name), path)
+    assert sorted(record.read(file).cell_hash for file in kept.iterdir()) == ["a", "b"]

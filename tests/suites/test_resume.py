@@ -297,3 +297,8 @@ def test_a_checkpoint_that_cannot_be_written_ends_no_training(
     )
     assert (found.status, len(found.training.losses)) == ("ok", 3)
     assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_what_another_world_made_is_not_gone_on_from(tmp_path):
+    write_history(tmp_path, 9, checkpoints(tmp_path))
+    assert Checkpoints(tmp_path, 60.0, ENVIRONMENT, "world-2").history.folder is None

@@ -2,17 +2,19 @@
 
 import math
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from baselines.contestant import AdamWContestant
 from baselines.full import Full
 from suites.checkpoint import Checkpoints
 from suites.steps import StepMeter
 from suites.suite import Recipe, Tuning
-from suites.train import DivergedError, LossWatch, Setup, fit
+from suites.train import DivergedError, LossWatch, Setup, arguments, fit
 from tests.suites.arena import ENVIRONMENT
 
 VOCABULARY = 40
@@ -95,3 +97,57 @@ def test_divergence_stops_training_at_once():
     with pytest.raises(DivergedError, match="the loss is nan at step 2"):
         train(model, on_step=poison)
     assert steps == [1]
+
+
+@pytest.mark.parametrize("when", ["on_step_begin", "on_step_end"])
+def test_a_methods_callbacks_are_charged_to_it(tmp_path, when):
+    class Slow(TrainerCallback):
+        pass
+
+    setattr(Slow, when, lambda *_, **__: time.sleep(0.02))
+    model = make_model()
+    given = setup(tmp_path, Tuning(1e-3), num_steps=2, batch_size=4)
+    meter, watch = StepMeter("cpu"), LossWatch(lambda step, loss: None)
+    examples = [{"number": number} for number in range(VOCABULARY)]
+    fit(AdamWContestant(model, [Slow()]), examples, Collate(), given, meter, watch)
+    assert all(seconds >= 0.02 for seconds in meter.callback_seconds)
+
+
+def setup(folder, tuning, **recipe):
+    checkpoints = Checkpoints(folder, None, ENVIRONMENT, None)
+    return Setup(Recipe(**recipe), tuning, 7, "cpu", 1, checkpoints)
+
+
+def test_the_trainer_is_told_the_whole_recipe(tmp_path):
+    told = arguments(
+        setup(
+            tmp_path,
+            Tuning(1e-3),
+            num_steps=40,
+            batch_size=4,
+            gradient_accumulation_steps=2,
+            lr_scheduler_type="cosine",
+            warmup_ratio=0.25,
+            max_grad_norm=0.5,
+        )
+    )
+    assert (told.max_steps, told.per_device_train_batch_size) == (40, 4)
+    assert told.gradient_accumulation_steps == 2
+    assert (told.lr_scheduler_type, told.get_warmup_steps(40)) == ("cosine", 10)
+    assert (told.max_grad_norm, told.seed, told.data_seed) == (0.5, 7, 7)
+
+
+def test_padding_is_no_token_and_decay_comes_from_the_tuning(tmp_path):
+    class Padded(Collate):
+        def __call__(self, examples):
+            batch = super().__call__(examples)
+            batch["attention_mask"][:, -1] = 0
+            return batch
+
+    given = setup(tmp_path, Tuning(1e-3, weight_decay=0.5), num_steps=3, batch_size=4)
+    examples = [{"number": number} for number in range(VOCABULARY)]
+    contestant = Full().prepare(make_model(), None, 3)
+    watch, meter = LossWatch(lambda step, loss: None), StepMeter("cpu")
+    optimizer, num_tokens = fit(contestant, examples, Padded(), given, meter, watch)
+    assert num_tokens == 3 * 4 * 2
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
