@@ -107,5 +107,5 @@ def escaped(text: str) -> str:
     a hyphen stands for one, and question marks for what its usual fonts lack.
     """
     known = "".join(sign if sign in SIGNS or " " <= sign <= "ÿ" else "?" for sign in text)
-    spelled = known.translate(_LATEX).replace("--", "-{}-")
+    spelled = re.sub("-(?=-)", "-{}", known.translate(_LATEX))
     return re.sub(r"(?<![\w-])-(?=[\d.])", "$-$", spelled)

@@ -13,19 +13,20 @@ class Harness(HFLM):
     """HFLM that knows of virtual tokens and counts what it cuts.
 
     A model's virtual tokens, if it has any, leave less room for others; as much as ever where they
-    alone are more than the model has places for.
+    are more than half of what the model has places for.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
         super().__init__(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size
         )
-        #: Prompts so far that were longer than there is room, and lost their beginning.
+        #: Requests so far (of a question as many as it has answers to choose from) that were
+        #: longer than there is room, and lost their beginning.
         self.num_cut = 0
         config = getattr(model, "active_peft_config", None)
         if config is not None and config.is_prompt_learning:
             room = self.max_length - config.num_virtual_tokens
-            self._max_length = room if room > 0 else self.max_length
+            self._max_length = room if 2 * room > self.max_length else self.max_length
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         # The last token of a continuation is only asked for.

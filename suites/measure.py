@@ -196,16 +196,21 @@ def artifact_bytes(write_artifact: Callable[[Path], None], keep: Path | None) ->
     as it was.
     """
     try:
-        if keep is not None:
-            keep.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=keep and keep.parent, prefix=".") as temporary:
-            folder = Path(temporary, "artifact")
-            folder.mkdir()
-            write_artifact(folder)
-            num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            if keep is not None:
-                shutil.rmtree(keep, ignore_errors=True)
-                folder.rename(keep)
+        with tempfile.TemporaryDirectory() as temporary:
+            # Beside `keep`, where a rename is possible, and what a kill left is found again.
+            folder = (
+                Path(temporary, "artifact") if keep is None else keep.with_name(f".{keep.name}")
+            )
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            try:
+                write_artifact(folder)
+                num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+                if keep is not None:
+                    shutil.rmtree(keep, ignore_errors=True)
+                    folder.rename(keep)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
         return num_bytes
     except Exception:  # of the system, torch, or safetensors
         traceback.print_exc()

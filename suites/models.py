@@ -61,11 +61,17 @@ def load_model(source: ModelSource, device: str) -> PreTrainedModel:
 def weights_hash(model: torch.nn.Module) -> str:
     """Of names, shapes, dtypes and values of all parameters: tells two versions of a model apart.
 
-    By torch's XOR of values, as a cryptographic hash of billions of weights takes a minute.
+    By torch's XOR of values and their sum of squares, as a cryptographic hash of billions of
+    weights takes a minute.
     """
 
-    def values_of(weight: torch.Tensor) -> int:
-        return int(torch.hash_tensor(weight).view(torch.int64))
+    def values_of(weight: torch.Tensor) -> tuple[int, float]:
+        if weight.is_floating_point() and weight.element_size() == 1:  # float8 has no arithmetic
+            weight = weight.view(torch.uint8)
+        if not weight.numel():
+            return 0, 0.0
+        spread = float(torch.linalg.vector_norm(weight.float()))
+        return int(torch.hash_tensor(weight).view(torch.int64)), float(f"{spread:.4g}")
 
     return short_hash(
         [

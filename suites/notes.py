@@ -127,7 +127,7 @@ def prompts(records: Sequence[Record]) -> list[str]:
         if score.num_cut
     )
     told = [f"{what} ({', '.join(methods)})" for what, methods in cut.items()]
-    begin = "Prompts that lost their beginning, as the model has no room for all of them"
+    begin = "Requests (one an answer) that lost their beginning, as the model has no room for more"
     return [f"{begin}: {'; '.join(told)}."] if told else []
 
 

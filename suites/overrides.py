@@ -94,7 +94,11 @@ def _source(part: str) -> Callable[[Suite, str], Suite]:
     """Changes where the suite's `part` comes from: a local path, or `owner/name@revision`."""
 
     def change(suite: Suite, text: str) -> Suite:
-        path, _, revision = (text, "", "") if Path(text).exists() else text.partition("@")
+        path, at, revision = (text, "", "") if Path(text).exists() else text.partition("@")
+        if at and (not path or not revision or Path(path).exists()):
+            raise ValueError(
+                f"--{part}: {text!r} is neither a path nor a hub id, as owner/name@commit"
+            )
         source = getattr(suite, part)
         found = dataclasses.replace(source, path=place(path), revision=revision or None)
         return dataclasses.replace(suite, **{part: found})

@@ -50,7 +50,8 @@ class TaskScore:
     weighs_by_size: bool = True
     #: Of what lm-eval asked and held for right: other data or another prompt have another.
     items_hash: str = ""
-    #: Prompts that lost their beginning, as they were longer than the model has room for.
+    #: Requests (of an item as many as it has answers to choose from) that lost their beginning, as
+    #: they were longer than the model has room for.
     num_cut: int = 0
 
 

@@ -38,6 +38,9 @@ def require_comparable(records: Sequence[Record]) -> None:
     for method in dict.fromkeys(record.method_name for record in sized):
         own = [record for record in sized if record.method_name == method]
         require_one("numbers of trained weights", own, lambda each: given(each.size).num_trainable)
+        require_one(
+            "dtypes of what is trained", own, lambda each: given(each.size).trainable_dtypes
+        )
 
 
 def hardware(records: Iterable[Record]) -> set[str]:
@@ -55,7 +58,9 @@ def require_one(
     groups = grouped((key(record), named(record)) for record in records)
     if len(groups) > 1:
         listed = "; ".join(f"{value}: {', '.join(names)}" for value, names in groups.items())
-        raise MixedRecordsError(f"records of different {what} do not share a table ({listed})")
+        raise MixedRecordsError(
+            f"records of different {what} do not share a table ({listed}); --force runs them again"
+        )
 
 
 def grouped(pairs: Iterable[tuple[Any, str]]) -> dict[Any, list[str]]:

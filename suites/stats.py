@@ -69,7 +69,7 @@ class Difference:
     """A mean difference, its interval, and the two-sided p-value of there being none.
 
     The p-value is None for a single seed, which cannot tell how far trainings differ; the interval
-    is None for fewer than MIN_ITEMS items.
+    is None for fewer than MIN_ITEMS items, and so is the p-value if they do not weigh alike.
     """
 
     mean: float
@@ -93,8 +93,8 @@ def paired_difference(
     than items do, chance gives one difference in four a p-value below 0.05. A paired t test over
     seeds is right about seeds, but sees no items where seeds agree. With one seed the interval is
     over items alone. Of fewer than MIN_ITEMS items, as the variance of their mean counts them, the
-    bootstrap is too sure as well, and an exact sign test takes its place. Raises ValueError where
-    there is nothing to compare.
+    bootstrap is too sure as well, and an exact sign test takes its place where all items weigh
+    alike; where they do not, nothing is right. Raises ValueError where there is nothing to compare.
     """
     if not differences or not all(task.size for task in differences):
         raise ValueError("a paired difference needs at least one seed and one item")
@@ -106,8 +106,11 @@ def paired_difference(
         share**2 / task.shape[1] for share, task in zip(shares, differences, strict=True)
     )
     if num_items < MIN_ITEMS:
+        weights = [share / task.shape[1] for share, task in zip(shares, differences, strict=True)]
+        if found.num < 2 or not np.allclose(weights, weights[0]):
+            return Difference(found.mean, None, None, None)
         p_value = max(_sign_test(differences, found.mean), _t_test(by_seed))
-        return Difference(found.mean, None, None, p_value if found.num > 1 else None)
+        return Difference(found.mean, None, None, p_value)
     low, high, p_value = _bootstrap(differences, shares, confidence)
     if found.half_width is None:
         return Difference(found.mean, low, high, None)
@@ -123,10 +126,10 @@ def _sign_test(differences: Sequence[np.ndarray], mean: float) -> float:
     """Of items being better as often as worse: two-sided, for their being so as `mean` says."""
     from scipy.stats import binomtest
 
-    signs = np.concatenate([np.sign(task.mean(axis=0)) for task in differences])
-    num_like = np.count_nonzero(signs == np.sign(mean))
-    num_told = np.count_nonzero(signs)
-    if not mean or not num_told:
+    items = np.concatenate([task.mean(axis=0) for task in differences])
+    items = items[np.abs(items) > SAME]
+    num_like, num_told = np.count_nonzero(np.sign(items) == np.sign(mean)), len(items)
+    if abs(mean) < SAME or not num_told:
         return 1.0
     return min(1.0, 2 * float(binomtest(num_like, num_told, alternative="greater").pvalue))
 

@@ -75,6 +75,8 @@ def _load(cell: Cell, out: Path) -> Record | str:
     path = cell.found_path(out)
     if not path.exists() and is_locked(cell.lock_path(out)):
         return f"{progress.title(cell)} is being run by another process"
+    if not path.exists():
+        return f"{path}: not run yet"
     try:
         found = read(path)
     except DamagedRecordError as error:

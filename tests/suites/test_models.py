@@ -34,6 +34,16 @@ def test_the_hash_of_weights_follows_every_value(world_folder):
     assert weights_hash(model.float()) != before
 
 
+def test_the_hash_of_weights_tells_scales_and_takes_any_dtype():
+    def hashed(*values, dtype=torch.float32):
+        module = torch.nn.Module()
+        module.weight = torch.nn.Parameter(torch.tensor(values, dtype=dtype), requires_grad=False)
+        return weights_hash(module)
+
+    assert len({hashed(1.0, 1.0), hashed(2.0, 2.0), hashed(0.0, 0.0), hashed()}) == 4
+    assert hashed(1.0, dtype=torch.float8_e4m3fn) != hashed(2.0, dtype=torch.float8_e4m3fn)
+
+
 def test_a_tokenizer_without_padding_pads_with_eos(world_folder, tmp_path):
     source = ModelSource(str(world_folder / "model"))
     tokenizer = load_tokenizer(source)

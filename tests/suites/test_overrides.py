@@ -71,6 +71,9 @@ def test_a_revision_comes_after_an_at_sign(tmp_path):
     assert (suite.data.path, suite.data.revision) == ("me/rows", None)
     assert suite.name.startswith("small-model-me--tiny--abc-")
     assert suite.name != override(small_suite(), model="me/tiny", data="me/rows").name
+    for bad in ("@abc", "me/tiny@", f"{tmp_path}@abc"):
+        with pytest.raises(ValueError, match=r"--model: .* is neither a path nor a hub id"):
+            override(small_suite(), model=bad)
     (tmp_path / "a@b").mkdir()
     local = override(suite, model=str(tmp_path / "a@b")).model
     assert (local.path, local.revision) == (str(tmp_path / "a@b"), None)

@@ -175,8 +175,8 @@ def test_cut_prompts_are_told():
 
     assert notes.prompts([made("lora", 0), made("spiel", 0)]) == []
     assert notes.prompts([made("lora", 3), made("spiel", 3), made("prefix", 1200)]) == [
-        "Prompts that lost their beginning, as the model has no room for all of them: 3 of t "
-        "(lora, spiel); 1,200 of t (prefix)."
+        "Requests (one an answer) that lost their beginning, as the model has no room for more: "
+        "3 of t (lora, spiel); 1,200 of t (prefix)."
     ]
 
 
@@ -295,6 +295,7 @@ def test_what_means_something_to_latex_is_escaped():
     assert (
         documents.escaped("-0.8* / +0.1, 1e-05, lora-r8, -") == "$-$0.8* / +0.1, 1e-05, lora-r8, -"
     )
+    assert documents.escaped("a---b") == "a-{}-{}-b"
     assert documents.escaped("--search ± † \x1b[1m→ é") == "-{}-search ± † ?[1m? é"
 
 

@@ -109,7 +109,9 @@ def test_few_items_are_judged_by_their_signs():
 
 def test_a_task_of_few_items_is_not_outvoted_by_one_of_many():
     """Half of the mean rests on five items: as uncertain as twenty of one task."""
-    assert paired_difference([np.ones((3, 5)), np.ones((3, 95))]).low is None
+    found = paired_difference([np.ones((3, 5)), np.ones((3, 95))])
+    assert (found.low, found.p_value) == (None, None)
+    assert paired_difference([np.ones((3, 10)), np.ones((3, 10))]).p_value < 0.05
     assert paired_difference([np.ones((3, 20)), np.ones((3, 20))]).low == 1.0
     assert paired_difference([np.ones((3, 5)), np.ones((3, 95))], [0.05, 0.95]).low == 1.0
 
@@ -118,6 +120,8 @@ def test_rounding_is_no_spread():
     values = np.full((3, 40), 0.1) + np.array([[0.0], [1e-17], [2e-17]])
     assert paired_difference([values]).p_value < 0.05
     assert paired_difference([1e-12 * np.ones((3, 40))]).p_value == 1.0
+    by_seed = np.array([[0.1], [0.2], [-0.3]]) * np.ones(20)  # whose means are 4e-17
+    assert stats._sign_test([by_seed], 1.0) == 1.0
 
 
 def test_one_seed_has_an_interval_of_items_and_no_p_value():
