@@ -163,8 +163,9 @@ def stale(now: Sequence[Record], out: Path) -> list[str]:
     """
     from suites.provenance import code_hash, git_revision
 
-    made = [each.environment for each in now if each.environment and each.environment.code_hash]
-    others = {each.git_revision or "unknown" for each in made if each.code_hash != code_hash()}
+    here = code_hash()
+    made = [each.environment for each in now if each.environment]
+    others = {each.git_revision or "unknown" for each in made if each.code_hash not in ("", here)}
     if not others:
         return []
     found = ", ".join(sorted(each[:12] for each in others))

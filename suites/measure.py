@@ -196,22 +196,27 @@ def artifact_bytes(write_artifact: Callable[[Path], None], keep: Path | None) ->
     as it was.
     """
     try:
-        with tempfile.TemporaryDirectory() as temporary:
-            # Beside `keep`, where a rename is possible, and what a kill left is found again.
-            folder = (
-                Path(temporary, "artifact") if keep is None else keep.with_name(f".{keep.name}")
-            )
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            try:
-                write_artifact(folder)
-                num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-                if keep is not None:
-                    shutil.rmtree(keep, ignore_errors=True)
-                    folder.rename(keep)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+        with _room_for(keep) as folder:
+            write_artifact(folder)
+            num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            if keep is not None:
+                shutil.rmtree(keep, ignore_errors=True)
+                folder.rename(keep)
         return num_bytes
     except Exception:  # of the system, torch, or safetensors
         traceback.print_exc()
         return None
+
+
+@contextmanager
+def _room_for(keep: Path | None) -> Iterator[Path]:
+    """An empty folder that is removed at the end: beside `keep`, which it can be renamed to, and
+    where the next one finds what a kill left.
+    """
+    folder = Path(tempfile.mkdtemp()) if keep is None else keep.with_name(f".{keep.name}")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

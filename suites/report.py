@@ -94,7 +94,8 @@ def frame(records: Sequence[Record], planned: Mapping[str, int] | None = None) -
             for record in own
             if record.status != "ok"
         ]
-        row |= _quality(ok) | _cost(ok if timed else []) | _sizes(ok) | compared(ok, base)
+        row |= _quality(ok) | _cost(ok if timed else [])
+        row |= _sizes(ok, "optimizer_state_bytes", "artifact_bytes") | compared(ok, base)
         seconds = by_seed(timed, method, step_seconds)
         row |= columns("step_seconds", list(seconds.values()))
         ratio = stats.paired_ratio(seconds, base_seconds)
@@ -153,10 +154,14 @@ def _quality(ok: Sequence[Record]) -> dict[str, Any]:
             "backend": ok[0].backend,
         }
     for role in ROLES:
-        row |= columns(role, role_means(ok, role))
-        if ok and ok[0].tuning is None:  # nothing hung on the seed
-            row[f"{role}_ci95"] = None
+        row |= _scores(role, role_means(ok, role), ok)
     return row
+
+
+def _scores(name: str, values: Sequence[float], ok: Sequence[Record]) -> dict[str, float | None]:
+    """As `columns`; without an interval where nothing was trained: then no seed decided."""
+    row = columns(name, values)
+    return row | {f"{name}_ci95": None} if ok and ok[0].tuning is None else row
 
 
 def compared(own: Sequence[Record], base: Sequence[Record]) -> dict[str, float | None]:
@@ -198,9 +203,7 @@ def tasks(records: Sequence[Record]) -> pd.DataFrame:
             own = [each for each in ok if each.method_name == method and name in each.scores]
             row: dict[str, Any] = {"task": name, "role": score.role, "metric": score.metric}
             row |= {"method": method, "num_seeds": len(own), "num_items": score.num_items}
-            row |= columns("score", [each.scores[name].value for each in own])
-            if own and own[0].tuning is None:  # nothing hung on the seed
-                row["score_ci95"] = None
+            row |= _scores("score", [each.scores[name].value for each in own], own)
             rows.append(row | _compared(f"minus_{BASELINE}", own, base, score.role, name))
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["task", "role"])
 
@@ -270,16 +273,10 @@ def _cost(ok: Sequence[Record]) -> dict[str, Any]:
     row["callback_seconds_per_step"] = mean(mean(record.training.callback_seconds) for record in ok)
     row["tokens_per_second"] = mean(tokens_per_second(record) for record in ok)
     row["first_step_flops"] = mean(record.training.first_step_flops for record in ok)
-    row["saved_for_backward_bytes"] = mean(_saved(record) for record in ok)
-    return row
+    return row | _sizes(ok, "saved_for_backward_bytes")
 
 
-def _saved(record: Record) -> int | None:
-    return given(record.size).saved_for_backward_bytes
-
-
-def _sizes(ok: Sequence[Record]) -> dict[str, Any]:
-    names = ("optimizer_state_bytes", "artifact_bytes")
+def _sizes(ok: Sequence[Record], *names: str) -> dict[str, Any]:
     return {name: mean(getattr(record.size, name) for record in ok) for name in names}
 
 

@@ -102,12 +102,9 @@ def paired_difference(
     shares = shares / shares.sum()
     by_seed = shares @ [task.mean(axis=1) for task in differences]
     found = estimate(by_seed.tolist(), confidence)
-    num_items = 1 / sum(
-        share**2 / task.shape[1] for share, task in zip(shares, differences, strict=True)
-    )
-    if num_items < MIN_ITEMS:
-        weights = [share / task.shape[1] for share, task in zip(shares, differences, strict=True)]
-        if found.num < 2 or not np.allclose(weights, weights[0]):
+    of_an_item = shares / [task.shape[1] for task in differences]
+    if 1 / (shares @ of_an_item) < MIN_ITEMS:
+        if found.num < 2 or not np.allclose(of_an_item, of_an_item[0]):
             return Difference(found.mean, None, None, None)
         p_value = max(_sign_test(differences, found.mean), _t_test(by_seed))
         return Difference(found.mean, None, None, p_value)
@@ -135,11 +132,9 @@ def _sign_test(differences: Sequence[np.ndarray], mean: float) -> float:
 
 
 def _t_test(values: np.ndarray) -> float:
-    """The two-sided p-value of their mean being 0, by Student's t; of one it tells nothing."""
+    """The two-sided p-value of their mean being 0, by Student's t; values must be two at least."""
     from scipy.stats import ttest_1samp
 
-    if len(values) < 2:
-        return 1.0
     if np.ptp(values) < SAME:  # no spread: the t statistic is 0 / 0 or infinite
         return 0.0 if abs(values[0]) > SAME else 1.0
     return float(ttest_1samp(values, 0.0).pvalue)

@@ -73,9 +73,9 @@ def load(cells: Sequence[Cell], out: Path) -> tuple[list[Record], list[str]]:
 def _load(cell: Cell, out: Path) -> Record | str:
     """The cell's record, or why there is none."""
     path = cell.found_path(out)
-    if not path.exists() and is_locked(cell.lock_path(out)):
-        return f"{progress.title(cell)} is being run by another process"
     if not path.exists():
+        if is_locked(cell.lock_path(out)):
+            return f"{progress.title(cell)} is being run by another process"
         return f"{path}: not run yet"
     try:
         found = read(path)
